@@ -1,0 +1,44 @@
+# make quickstart   train, evaluate and plot a small DRT beside its baseline on this machine
+# make test         everything that needs no GPU
+# make lint         style and types
+# make bench        the CPU benchmark rows
+# All of them create the environment first. Choose the interpreter with PYTHON=python3.12.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: quickstart test lint bench env env-dev clean
+
+quickstart: env
+	$(BIN)/python -m evaluation.quickstart
+
+test: env-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses=8
+
+lint: env-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: env
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.run
+
+env: $(VENV)/.installed
+env-dev: $(VENV)/.installed-dev
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
+	  { echo "Longhaul needs Python 3.11 to 3.13, got $$($(PYTHON) --version 2>&1); try make PYTHON=python3.11" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: requirements.txt | $(BIN)/python
+	$(BIN)/python -m pip install --disable-pip-version-check -q -r requirements.txt
+	@touch $@
+
+$(VENV)/.installed-dev: requirements-dev.txt $(VENV)/.installed | $(BIN)/python
+	$(BIN)/python -m pip install --disable-pip-version-check -q -r requirements-dev.txt
+	@touch $@
+
+clean:
+	rm -rf $(VENV)
