@@ -1,0 +1,1 @@
+"""Scoring of finished models: numbers with their protocol, tables and figures. No training code."""

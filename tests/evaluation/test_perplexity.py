@@ -1,0 +1,166 @@
+"""evaluate_perplexity against a brute force that scores one token per forward."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from evaluation.perplexity import evaluate_perplexity, evaluation_windows
+
+FIXTURE = Path(__file__).parents[1] / "fixtures" / "evaluation" / "windows.json"
+
+
+def brute_force(model, tokens, window, stride, bos=None):
+    """One forward per target with exactly the context its window gives it; returns {target: nll}."""
+    text = window if bos is None else window - 1
+    scored, start = {}, 0
+    while len(scored) < len(tokens) - (bos is None):
+        for target in range(start + (bos is None), min(start + text, len(tokens) - 1) + 1):
+            if target in scored:
+                continue
+            context = ([] if bos is None else [bos]) + list(tokens[start:target])
+            with torch.no_grad():
+                logits = model(torch.tensor([context])).logits[0, -1].double()
+            scored[target] = -float(logits.log_softmax(-1)[tokens[target]])
+        start += stride
+    return scored
+
+
+@pytest.mark.parametrize("case", json.loads(FIXTURE.read_text()), ids=str)
+def test_windows_equal_the_fixture(case):
+    windows = evaluation_windows(case["num_tokens"], case["window"], case["stride"])
+    assert windows == [tuple(window) for window in case["windows"]]
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, 2, 3, 16, 17, 18, 50])
+@pytest.mark.parametrize(("window", "stride"), [(1, 1), (16, 16), (16, 4), (16, 5), (16, 1)])
+def test_every_target_comes_once_and_with_its_predecessor(num_tokens, window, stride):
+    targets = []
+    for start, stop, first_target in evaluation_windows(num_tokens, window, stride):
+        assert start < first_target <= stop <= start + window
+        targets += range(first_target, stop + 1)
+    assert targets == list(range(1, num_tokens))
+
+
+@pytest.mark.parametrize("bos", [None, 7])
+@pytest.mark.parametrize("stride", [32, 8])
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_equals_brute_force(llama, stream, bos, stride, batch_size):
+    result = evaluate_perplexity(llama, stream, window=32, stride=stride, bos_token_id=bos, batch_size=batch_size)
+    expected = brute_force(llama, stream.tolist(), 32, 31 if bos is not None and stride == 32 else stride, bos)
+    assert result["num_targets"] == len(expected) == len(stream) - (bos is None)
+    assert result["nll_sum"] == pytest.approx(math.fsum(expected.values()), rel=1e-6)
+    assert result["perplexity"] == pytest.approx(math.exp(math.fsum(expected.values()) / len(expected)), rel=1e-5)
+    assert sum(result["position_counts"]) == result["num_targets"]
+    assert math.fsum(result["position_nll_sum"]) == pytest.approx(result["nll_sum"], rel=1e-9)
+    for start, stop, first_target, nll_sum in result["windows"]:
+        assert nll_sum == pytest.approx(sum(expected[t] for t in range(first_target, stop + 1)), rel=1e-5), start
+
+
+def test_batching_changes_no_sum(llama, stream):
+    one, many = (evaluate_perplexity(llama, stream, window=16, stride=4, batch_size=b) for b in (1, 8))
+    np.testing.assert_allclose(one["windows"], many["windows"], rtol=1e-5)
+    assert one["position_counts"] == many["position_counts"]
+
+
+def test_loss_by_position_is_that_of_the_position(llama, stream):
+    result = evaluate_perplexity(llama, stream, window=32)
+    expected = brute_force(llama, stream.tolist(), 32, 32)
+    edges = result["position_edges"]
+    for j, total in enumerate(result["position_nll_sum"]):
+        inside = [nll for target, nll in expected.items() if edges[j] <= (target - 1) % 32 < edges[j + 1]]
+        assert result["position_counts"][j] == len(inside)
+        assert total == pytest.approx(sum(inside), rel=1e-5)
+
+
+def test_published_mean_is_the_mean_of_window_means(llama, stream):
+    result = evaluate_perplexity(llama, stream, window=32, parity="published")
+    expected = []
+    for start in range(0, len(stream), 32):
+        window = torch.from_numpy(stream[start : start + 32])
+        with torch.no_grad():
+            logits = llama(window[None, :-1]).logits[0]
+        expected.append(torch.nn.functional.cross_entropy(logits, window[1:]).item())
+    assert result["published_mean_loss"] == pytest.approx(np.mean(expected), rel=1e-5)
+    assert result["published_mean_loss"] != pytest.approx(result["loss"], rel=1e-5)
+
+
+class Corpus:
+    """The surface of a token corpus on disk."""
+
+    identity, num_bytes = "sha256:abc", 600
+
+    def __init__(self, tokens):
+        self.tokens, self.num_tokens = tokens, len(tokens)
+
+    def read(self, start, stop):
+        return self.tokens[start:stop]
+
+
+def test_corpus_gives_identity_and_bits_per_byte(llama, stream):
+    plain = evaluate_perplexity(llama, stream, window=32)
+    result = evaluate_perplexity(llama, Corpus(stream), window=32)
+    assert (result["corpus"], result["nll_sum"]) == ("sha256:abc", plain["nll_sum"])
+    assert result["bits_per_byte"] == pytest.approx(result["loss"] / math.log(2) / (600 / 150))
+    assert plain["bits_per_byte"] is None
+    assert plain["corpus"].startswith("sha256:")
+
+
+def test_max_tokens_scores_the_beginning_only(llama, stream):
+    cut = evaluate_perplexity(llama, Corpus(stream), window=32, max_tokens=70)
+    assert cut["nll_sum"] == evaluate_perplexity(llama, stream[:70], window=32)["nll_sum"]
+    assert cut["num_targets"] == 69
+    assert evaluate_perplexity(llama, stream, window=32, max_windows=2)["num_targets"] == 64
+
+
+def test_mode_and_gradients_are_as_before(llama, stream):
+    llama.train()
+    llama.model.layers[0].eval()
+    evaluate_perplexity(llama, stream, window=32)
+    assert llama.training
+    assert not llama.model.layers[0].training
+    assert torch.is_grad_enabled()
+    llama.eval()
+
+
+def test_autocast_dtype_is_used_and_reported(llama, stream):
+    low = evaluate_perplexity(llama, stream, window=32, dtype=torch.bfloat16)
+    high = evaluate_perplexity(llama, stream, window=32)
+    assert (low["dtype"], high["dtype"]) == ("bfloat16", "float32")
+    assert low["loss"] != high["loss"]
+    assert low["loss"] == pytest.approx(high["loss"], rel=2e-2)
+
+
+@pytest.mark.parametrize("bias", [2000.0])
+def test_overflowing_perplexity_is_infinite(llama, stream, bias):
+    class Sure(torch.nn.Linear):
+        def forward(self, input_ids):
+            logits = torch.zeros(*input_ids.shape, 61)
+            logits[..., 60] = bias
+            return logits
+
+    assert evaluate_perplexity(Sure(1, 1), stream, window=32)["perplexity"] == math.inf
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"window": 0}, "window must be at least 1"),
+        ({"window": 8, "stride": 9}, "stride must lie between 1 and"),
+        ({"window": 8, "stride": 0}, "stride must lie between 1 and"),
+        ({"window": 8, "batch_size": 0}, "batch_size must be at least 1"),
+        ({"window": 8, "max_tokens": 1}, "at least 2 tokens are needed"),
+        ({"window": 8, "parity": "paper"}, "parity must be"),
+        ({"window": 8, "stride": 4, "parity": "published"}, "windows that do not overlap"),
+        ({"window": 1, "bos_token_id": 3}, "room for one more token"),
+        ({"window": 8, "tokens": [1, 99]}, "vocabulary ends at 60"),
+        ({"window": 8, "tokens": [[1, 2]]}, "one-dimensional integers"),
+    ],
+)
+def test_requests_that_make_no_sense_are_explained(llama, stream, options, sentence):
+    tokens = options.pop("tokens", stream)
+    with pytest.raises(ValueError, match=sentence):
+        evaluate_perplexity(llama, tokens, **options)
