@@ -1,0 +1,184 @@
+"""Compose a recipe and command-line overrides into one plain dictionary.
+
+Every file ``recipes/NAME.yaml`` is a recipe; folders beside it are option groups (``scale=tiny``). Keys that a
+recipe does not list but the target object accepts may be set without Hydra's ``+``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from configuration.errors import ConfigError, did_you_mean
+from configuration.targets import import_target, named_parameters
+
+RECIPES = Path(__file__).resolve().parent.parent / "recipes"
+NOT_RECIPES = ("base",)
+
+
+def recipe_names(command: str | None = None) -> list[str]:
+    """Names of all recipes, or of those that one command runs."""
+    names = sorted(path.stem for path in RECIPES.glob("*.yaml") if path.stem not in NOT_RECIPES)
+    return [name for name in names if command is None or recipe_command(name) == command]
+
+
+def recipe_command(name: str) -> str:
+    """The command that runs a recipe (its ``command`` key, ``train`` when it has none)."""
+    loaded = yaml.safe_load((RECIPES / f"{name}.yaml").read_text(encoding="utf-8"))
+    return str(loaded.get("command", "train"))
+
+
+def recipe_purpose(name: str) -> str:
+    """The first comment line of a recipe: what it is."""
+    first = (RECIPES / f"{name}.yaml").read_text(encoding="utf-8").splitlines()[0]
+    return first.lstrip("# ").strip()
+
+
+def group_choices() -> dict[str, list[str]]:
+    """Option groups and their choices, ``{"scale": ["full", ...], "model": ["drt/full", ...]}``."""
+    groups: dict[str, list[str]] = {}
+    for folder in sorted(path for path in RECIPES.iterdir() if path.is_dir() and not path.name.startswith("_")):
+        files = sorted(folder.rglob("*.yaml"))
+        groups[folder.name] = [file.relative_to(folder).with_suffix("").as_posix() for file in files]
+    return groups
+
+
+def compose(arguments: Sequence[str], *, command: str, default_recipe: str | None = None) -> dict[str, Any]:
+    """Compose ``recipe=NAME key=value ...`` into a resolved plain dictionary.
+
+    Raises:
+        ConfigError: with every problem of the command line, each with the nearest valid name.
+    """
+    recipe, rest = _split_recipe(arguments, command, default_recipe)
+    overrides, problems = _parse(rest)
+    groups = group_choices()
+    chosen = [o for o in overrides if o.key_or_group in groups]
+    values = [o for o in overrides if o.key_or_group not in groups]
+    for override in chosen:
+        problems += _group_problems(override, groups[override.key_or_group])
+    if problems:
+        raise ConfigError(problems)
+    lines = [o.input_line or "" for o in chosen]
+    skeleton = OmegaConf.to_container(_hydra(recipe, lines), resolve=False)
+    assert isinstance(skeleton, dict)
+    for override in values:
+        line, problem = _locate(override, skeleton)  # type: ignore[arg-type]
+        lines.append(line)
+        problems += [problem] if problem else []
+    if problems:
+        raise ConfigError(problems)
+    config = _hydra(recipe, lines)
+    missing = [key for key, value in _leaves(OmegaConf.to_container(config, resolve=False)) if value == "???"]
+    if missing:
+        raise ConfigError([f"{key} is required by recipe={recipe}: pass {key}=VALUE" for key in missing])
+    try:
+        plain = OmegaConf.to_container(config, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError([f"recipe={recipe} does not resolve: {_first_line(error)}"]) from None
+    return {"recipe": recipe, **plain}  # type: ignore[dict-item]
+
+
+def _split_recipe(arguments: Sequence[str], command: str, default: str | None) -> tuple[str, list[str]]:
+    """Take ``recipe=NAME`` out of the arguments and make sure that this command runs it."""
+    rest = [a for a in arguments if not a.startswith("recipe=") and a != "--traceback"]
+    named = [a.removeprefix("recipe=") for a in arguments if a.startswith("recipe=")]
+    mine = recipe_names(command)
+    if len(named) > 1:
+        raise ConfigError([f"one recipe at a time, got {' and '.join(named)}"])
+    name = named[0] if named else default
+    if name is None:
+        raise ConfigError([f"which recipe? pass recipe=NAME, one of: {', '.join(mine)}"])
+    if name not in recipe_names():
+        near = did_you_mean(name, recipe_names())
+        raise ConfigError([f"unknown recipe {name!r}{near}; recipes of {command}.py: {', '.join(mine)}"])
+    if name not in mine:
+        other = recipe_command(name)
+        raise ConfigError([f"recipe={name} belongs to {other}.py: run python {other}.py recipe={name}"])
+    return name, rest
+
+
+def _parse(arguments: Sequence[str]) -> tuple[list[Override], list[str]]:
+    overrides, problems = [], []
+    for argument in arguments:
+        if argument.startswith("-"):
+            problems.append(f"unknown flag {argument!r}: options are written key=value (see --help)")
+            continue
+        try:
+            overrides += OverridesParser.create().parse_overrides([argument])
+        except HydraException:
+            problems.append(f"cannot read {argument!r}: write key=value, with quotes around values that hold = or ,")
+    return overrides, problems
+
+
+def _group_problems(override: Override, choices: list[str]) -> list[str]:
+    choice = override.value()
+    if override.is_delete() or choice in choices:
+        return []
+    near = did_you_mean(str(choice), choices)
+    return [f"unknown choice {override.key_or_group}={choice}{near}; choices: {', '.join(choices)}"]
+
+
+def _hydra(recipe: str, overrides: list[str]) -> DictConfig:
+    try:
+        with initialize_config_dir(str(RECIPES), version_base="1.3"):
+            return hydra_compose(recipe, overrides=overrides)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError([f"recipe={recipe} does not compose: {_first_line(error)}"]) from None
+
+
+def _locate(override: Override, config: dict[str, Any]) -> tuple[str, str | None]:
+    """Return the override as Hydra wants it, and a problem if its key means nothing.
+
+    A key that the recipe leaves out but the parent's target accepts gets the ``+`` that Hydra asks for.
+    """
+    line, key = override.input_line or "", override.key_or_group
+    if override.is_add() or override.is_force_add():
+        return line, None
+    node: Any = config
+    for part in key.split("."):
+        if not isinstance(node, dict):
+            return line, f"unknown option {key!r}: {key[: key.rindex('.' + part)]} is a value, not a section"
+        if part in node:
+            node = node[part]
+            continue
+        accepted = _accepted(node)
+        if part in accepted and not override.is_delete():
+            return "+" + line, None
+        return line, f"unknown option {key!r}{_suggest(key, part, [*node, *accepted], config)}"
+    return line, None
+
+
+def _accepted(parent: dict[str, Any]) -> list[str]:
+    try:
+        return list(named_parameters(import_target(parent["_target_"])))
+    except (KeyError, ValueError):
+        return []
+
+
+def _suggest(key: str, part: str, siblings: list[str], config: dict[str, Any]) -> str:
+    """Suggest a sibling with a similar name, else a key of the same last name anywhere in the recipe."""
+    near = did_you_mean(part, [name for name in siblings if not name.startswith("_")])
+    last = key.split(".")[-1]
+    elsewhere = [path for path, _ in _leaves(config) if path.split(".")[-1] == last]
+    return f" (did you mean '{elsewhere[0]}'?)" if elsewhere and not near else near
+
+
+def _leaves(node: Any, prefix: str = "") -> list[tuple[str, Any]]:
+    """Dotted keys and values of everything in a nested dictionary that is not a section."""
+    if not isinstance(node, dict):
+        return [(prefix.removesuffix("."), node)]
+    return [leaf for key, value in node.items() for leaf in _leaves(value, f"{prefix}{key}.")]
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]

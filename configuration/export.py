@@ -1,0 +1,77 @@
+"""Turn a checkpoint into a Hugging Face model folder."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+from transformers import PreTrainedModel
+
+from callbacks.checkpoint import checkpoint_step, find_checkpoint
+from configuration.targets import build
+
+_PREFIX = "model."
+
+
+def save_model_folder(model: PreTrainedModel, folder: Path, *, tokenizer: Path | None) -> None:
+    """Write config, safetensors weights and tokenizer; the folder appears complete or not at all."""
+    partial = folder.with_name(folder.name + ".part")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)
+    if tokenizer is not None:
+        shutil.copytree(tokenizer, partial, dirs_exist_ok=True)
+    old = folder.with_name(folder.name + ".old")
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(partial, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+class CheckpointExport:
+    """Export a run's checkpoint as a Hugging Face folder, on the CPU.
+
+    Args:
+        checkpoint: a run folder (its newest checkpoint) or one ``.ckpt`` file inside it.
+        output: the model folder to write; default ``<run>/model_step_N``.
+        dtype: dtype of the saved weights.
+
+    Raises:
+        FileNotFoundError: no run or no checkpoint there.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str,
+        *,
+        output: str | None = None,
+        dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    ):
+        path = Path(checkpoint)
+        self.run_folder = path.parent.parent if path.is_file() else path
+        if not (self.run_folder / "config.yaml").is_file():
+            raise FileNotFoundError(f"{checkpoint} is no run folder nor a checkpoint of one: no config.yaml beside it")
+        found = path if path.is_file() else find_checkpoint(path / "checkpoints")
+        if found is None:
+            raise FileNotFoundError(f"{path} has no checkpoint yet: train further, or pass the path of a .ckpt file")
+        self.checkpoint = found
+        step = checkpoint_step(found)
+        self.output = Path(output) if output else self.run_folder / f"model_step_{found.stem if step is None else step}"
+        self.dtype = dtype
+
+    def run(self, output: Path | None = None) -> dict[str, Any]:
+        """Write the folder and return what was written."""
+        import models  # noqa: F401 - registers the suite's models
+
+        config = yaml.safe_load((self.run_folder / "config.yaml").read_text(encoding="utf-8"))
+        model = build(config["model"])()
+        state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)["state_dict"]
+        model.load_state_dict({name.removeprefix(_PREFIX): tensor for name, tensor in state.items()})
+        model.to(getattr(torch, self.dtype))
+        tokenizer = self.run_folder / "tokenizer"
+        save_model_folder(model, self.output, tokenizer=tokenizer if tokenizer.is_dir() else None)
+        parameters = sum(p.numel() for p in model.parameters())
+        return {"model": str(self.output), "checkpoint": str(self.checkpoint), "parameters": parameters}

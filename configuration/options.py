@@ -1,0 +1,83 @@
+"""The keys that stand at the top level of a recipe, beside its sections."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """Top-level keys of a recipe for ``train.py``.
+
+    Attributes:
+        recipe: name of the recipe file.
+        command: the command that runs it.
+        name: name of the run; the default output folder is ``runs/<name>``.
+        scale: chosen size, ``full``, ``laptop`` or ``tiny`` (an option group).
+        vocabulary: number of token ids and the special ones (an option group); the model's configuration takes them.
+        seed: seed of initial weights, data order and retrieval noise.
+        output: run folder: composed config, versions, logs, checkpoints, ``metrics.json``, ``model/``.
+        resume: ``auto`` continues the run in ``output`` if there is one, a path continues from that checkpoint,
+            ``false`` starts anew and refuses a folder that already holds a run.
+        dry_run: build on the meta device, print sizes and memory, train nothing.
+        eval_every_n_steps: optimiser steps between validations; null validates only at the end.
+        export_model: write a Hugging Face folder ``<output>/model`` at the end.
+        prepare: target that makes sure the corpus exists and returns its folder.
+        model: factory of the model (a ``_partial_``).
+        data: the datamodule.
+        module: the Lightning module.
+        trainer: ``lightning.pytorch.Trainer`` options.
+        callbacks: named callbacks; remove one with ``~callbacks.NAME``.
+        logger: named loggers.
+    """
+
+    recipe: str
+    name: str
+    output: str
+    model: dict[str, Any]
+    data: dict[str, Any]
+    module: dict[str, Any]
+    trainer: dict[str, Any]
+    command: Literal["train"] = "train"
+    scale: str = "full"
+    seed: int = 404
+    vocabulary: dict[str, Any] = field(default_factory=dict)
+    resume: str | bool = "auto"
+    dry_run: bool = False
+    eval_every_n_steps: int | None = None
+    export_model: bool = True
+    prepare: dict[str, Any] | None = None
+    callbacks: dict[str, Any] = field(default_factory=dict)
+    logger: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TaskOptions:
+    """Top-level keys of a recipe for ``eval.py``, ``generate.py`` and ``export.py``.
+
+    Attributes:
+        recipe: name of the recipe file.
+        command: the command that runs it.
+        name: name of the task.
+        output: folder for results.
+        model: where the model comes from.
+        data: where the data come from.
+        task: target that does the work.
+        prompt: text to continue (generate).
+        prompt_file: file with the text to continue (generate).
+        checkpoint: run folder or checkpoint file (export).
+        dry_run: check everything, run nothing.
+    """
+
+    recipe: str
+    command: Literal["eval", "generate", "export"]
+    name: str
+    task: dict[str, Any]
+    output: str | None = None
+    model: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+    prompt: str | None = None
+    prompt_file: str | None = None
+    checkpoint: str | None = None
+    dry_run: bool = False

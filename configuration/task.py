@@ -1,0 +1,33 @@
+"""The one flow of ``eval.py``, ``generate.py`` and ``export.py``: compose, check, build the task, run it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from configuration.check import check
+from configuration.compose import compose
+from configuration.help import help_text, wants_help
+from configuration.targets import build
+
+
+def run_task(arguments: Sequence[str], *, command: str, default_recipe: str | None = None) -> dict[str, Any] | None:
+    """Run the task of a recipe; return its result, or None for ``--help`` and ``dry_run=true``.
+
+    Raises:
+        ConfigError: with all problems of the command line and the recipe.
+    """
+    if wants_help(arguments):
+        print(help_text(command))
+        return None
+    config = compose(arguments, command=command, default_recipe=default_recipe)
+    check(config)
+    import models  # noqa: F401 - registers the suite's models with transformers' Auto classes
+
+    task = build(config["task"])
+    if config.get("dry_run"):
+        print(f"recipe={config['recipe']} composes, checks and builds")
+        return None
+    output = config.get("output")
+    return task.run(Path(output) if output else None)

@@ -1,0 +1,145 @@
+"""Assemble a training run from its recipe and drive it from the first step to the exported model."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+
+from callbacks.loss_log import read_rows
+from configuration.export import save_model_folder
+from configuration.run_folder import open_run, write_json, write_start
+from configuration.targets import build
+
+
+def run(config: dict[str, Any]) -> None:
+    """Train, validate at the end, write ``metrics.json`` and the model folder.
+
+    Raises:
+        ValueError, FileNotFoundError, FileExistsError: with one sentence for the user.
+    """
+    import models  # noqa: F401 - registers the suite's models with transformers' Auto classes
+
+    folder, checkpoint = open_run(config)
+    data = build_data(config)
+    module = build({key: value for key, value in config["module"].items()})
+    trainer = build_trainer(config)
+    check_vocabulary(config, data)
+    if trainer.is_global_zero:
+        write_start(folder, config)
+        copy_tokenizer(data.tokenizer_path, folder / "tokenizer")
+        print(f"{'resuming ' + str(checkpoint) if checkpoint else 'starting'} -> {folder}")
+    trainer.fit(module, datamodule=data, ckpt_path=str(checkpoint) if checkpoint else None)
+    finish(trainer, module, data, config=config)
+
+
+def build_data(config: dict[str, Any]) -> pl.LightningDataModule:
+    """Make sure that the corpus exists, then build the datamodule that reads it."""
+    options = dict(config["data"])
+    if config["prepare"] is not None:
+        options["path"] = build(config["prepare"])
+    return build(options)
+
+
+def build_trainer(config: dict[str, Any]) -> pl.Trainer:
+    """Build the trainer with its named callbacks and loggers.
+
+    ``eval_every_n_steps`` counts optimiser steps; Lightning counts micro-batches.
+    """
+    options = dict(config["trainer"])
+    micro_batches = options["accumulate_grad_batches"]
+    steps = min(config["eval_every_n_steps"] or options["max_steps"], options["max_steps"])
+    options |= {
+        "default_root_dir": config["output"],
+        "callbacks": list(config["callbacks"].values()),
+        "logger": list(config["logger"].values()) or False,
+        "val_check_interval": steps * micro_batches,
+        "check_val_every_n_epoch": None,
+    }
+    return build(options)
+
+
+def check_vocabulary(config: dict[str, Any], data: Any) -> None:
+    """Refuse a corpus whose token ids the model cannot read or would take for something else."""
+    corpus, model = data.train_corpus, config["model"].get("config", {})
+    size, eos = model.get("vocab_size"), model.get("eos_token_id")
+    if size is not None and corpus.vocab_size > size:
+        raise ValueError(
+            f"the corpus has {corpus.vocab_size} token ids but the model only {size}: pass vocabulary=NAME for the "
+            f"tokenizer of the corpus, or model.config.vocab_size={corpus.vocab_size}"
+        )
+    if eos is not None and corpus.eos_token_id is not None and corpus.eos_token_id != eos:
+        raise ValueError(
+            f"the corpus ends documents with token {corpus.eos_token_id} but the model with {eos}: pass "
+            f"vocabulary=NAME for the tokenizer of the corpus, or vocabulary.eos={corpus.eos_token_id}"
+        )
+
+
+def copy_tokenizer(source: Path | str | None, target: Path) -> None:
+    """Keep the tokenizer beside the run, so that its model folder is complete."""
+    if source is not None and Path(source).is_dir():
+        shutil.copytree(source, target, dirs_exist_ok=True)
+
+
+def finish(trainer: pl.Trainer, module: pl.LightningModule, data: pl.LightningDataModule, *, config: dict) -> None:
+    """Validate the final weights unless that was just done; write the metrics and the model."""
+    folder = Path(config["output"])
+    watcher = config_callback(trainer, "last_result")
+    validated = watcher is not None and (watcher.last_result or {}).get("step") == trainer.global_step
+    if watcher is not None and not validated and not trainer.fast_dev_run:
+        trainer.validate(module, datamodule=data, verbose=False)
+    if not trainer.is_global_zero:
+        return
+    metrics = {"recipe": config["recipe"], "step": trainer.global_step}
+    if (folder / "train.jsonl").exists():
+        metrics["train"] = read_rows(folder / "train.jsonl")[-1]
+    if watcher is not None:
+        metrics["validation"] = watcher.last_result
+    write_json(folder / "metrics.json", metrics)
+    print(f"metrics: {folder / 'metrics.json'}")
+    if config["export_model"]:
+        tokenizer = folder / "tokenizer"
+        save_model_folder(module.model, folder / "model", tokenizer=tokenizer if tokenizer.is_dir() else None)
+        print(f"model:   {folder / 'model'}")
+
+
+def config_callback(trainer: pl.Trainer, attribute: str) -> Any:
+    """The first callback with an attribute, or None: found by what it offers, not by its class."""
+    return next((callback for callback in trainer.callbacks if hasattr(callback, attribute)), None)
+
+
+def describe(config: dict[str, Any]) -> str:
+    """Sizes of a run, from a model built on the meta device: what ``dry_run=true`` prints."""
+    import models  # noqa: F401 - as above
+
+    with torch.device("meta"):
+        model = build(config["model"])()
+    trainer, data = config["trainer"], config["data"]
+    devices = trainer["devices"] if isinstance(trainer["devices"], int) else max(torch.cuda.device_count(), 1)
+    sequences = data["batch_size"] * trainer["accumulate_grad_batches"] * devices * trainer.get("num_nodes", 1)
+    tokens = sequences * data["context_length"]
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    states = memory_of_states(model, str(trainer["precision"]))
+    lines = {
+        "recipe": f"{config['recipe']} (scale {config['scale']})",
+        "parameters": f"{sum(p.numel() for p in model.parameters()):,}, trainable {trainable:,}",
+        "tokens per step": f"{tokens:,} = {sequences} sequences of {data['context_length']:,}",
+        "steps": f"{trainer['max_steps']:,}, {trainer['max_steps'] * tokens:,} tokens in all",
+        "memory of states": f"{states / 2**30:.2f} GiB a device (weights, gradients, AdamW moments; no sharding)",
+        "output": config["output"],
+    }
+    if hasattr(model, "num_flops_per_token"):
+        flops = model.num_flops_per_token(data["context_length"]) * tokens
+        lines["work per step"] = f"{flops / 1e12:.3g} TFLOP (forward and backward)"
+    width = max(map(len, lines))
+    return "\n".join(f"{key:<{width}}  {value}" for key, value in lines.items())
+
+
+def memory_of_states(model: torch.nn.Module, precision: str) -> int:
+    """Bytes of weights, gradients and AdamW's two moments; 2-byte weights only under ``bf16-true``."""
+    size = 2 if precision in ("bf16-true", "16-true") else 4
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return size * (sum(p.numel() for p in model.parameters()) + 3 * trainable)

@@ -1,0 +1,19 @@
+"""Export a checkpoint as a Hugging Face folder: ``python export.py checkpoint=runs/NAME [output=FOLDER]``."""
+
+import sys
+
+from configuration.errors import user_errors_exit_2
+
+
+def main(arguments: list[str]) -> None:
+    """Compose, check, build, run."""
+    from configuration.task import run_task
+
+    result = run_task(arguments, command="export", default_recipe="export")
+    if result is not None:
+        print(f"{result['checkpoint']} -> {result['model']} ({result['parameters']:,} parameters)")
+
+
+if __name__ == "__main__":
+    with user_errors_exit_2(sys.argv):
+        main(sys.argv[1:])

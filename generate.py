@@ -1,0 +1,21 @@
+"""Continue a prompt: ``python generate.py model.path=runs/NAME/model prompt='def main'``."""
+
+import sys
+
+from configuration.errors import user_errors_exit_2
+
+
+def main(arguments: list[str]) -> None:
+    """Compose, check, build, run."""
+    from configuration.task import run_task
+
+    result = run_task(arguments, command="generate", default_recipe="generate")
+    for sample in result["samples"] if result else ():
+        print(sample["prompt"] + sample["continuation"])
+        rate = sample["num_tokens"] / sample["seconds"]
+        print(f"[{sample['num_prompt_tokens']} + {sample['num_tokens']} tokens, {rate:.1f} tokens/s]", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    with user_errors_exit_2(sys.argv):
+        main(sys.argv[1:])

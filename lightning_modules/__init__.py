@@ -1,0 +1,1 @@
+"""Wiring: which model, which loss, what to log, which optimiser."""

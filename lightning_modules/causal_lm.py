@@ -1,0 +1,169 @@
+"""The shared base of every training method: one Hugging Face causal LM, AdamW, a schedule, exact randomness.
+
+Notable: the global random state is set anew for every micro-batch from (seed, step, micro-batch, rank). Dropout and
+retrieval noise are therefore functions of the position in the run, and a resumed run draws what the
+uninterrupted one would have drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from lightning_modules.optimization import Decay, decay_groups, lr_schedule, total_grad_norm
+from losses.cross_entropy import next_token_nll
+
+
+@dataclass(frozen=True)
+class Optimization:
+    """AdamW and its schedule.
+
+    Attributes:
+        lr: peak learning rate.
+        betas: AdamW moments.
+        eps: AdamW epsilon.
+        weight_decay: decoupled weight decay.
+        decay: parameters it applies to, ``all`` or ``matrices``.
+        schedule: ``cosine``, ``linear`` or ``constant`` after linear warm-up.
+        warmup_steps: optimiser steps of warm-up.
+        min_lr_ratio: final learning rate of the cosine as a share of the peak.
+    """
+
+    lr: float = 3e-4
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    decay: Decay = "matrices"
+    schedule: str = "cosine"
+    warmup_steps: int = 0
+    min_lr_ratio: float = 0.0
+
+
+class CausalLMModule(pl.LightningModule):
+    """Next-token training and validation of a Hugging Face causal LM.
+
+    Args:
+        model: builds the model; called once, in ``configure_model``, under the run's seed.
+        optimization: optimiser and schedule.
+        max_steps: optimiser steps of the whole run (the schedule's length).
+        seed: seed of initial weights and of all randomness in training steps.
+        gradient_checkpointing: recompute activations in the backward pass.
+        compile: ``torch.compile`` the model in place.
+    """
+
+    def __init__(
+        self,
+        model: Callable[[], PreTrainedModel],
+        *,
+        optimization: Optimization,
+        max_steps: int,
+        seed: int = 0,
+        gradient_checkpointing: bool = False,
+        compile: bool = False,
+    ):
+        super().__init__()
+        self.build_model = model
+        self.model: PreTrainedModel | None = None
+        self.optimization = optimization
+        self.max_steps, self.seed = max_steps, seed
+        self.gradient_checkpointing, self.compile_model = gradient_checkpointing, compile
+        self.grad_norm: torch.Tensor | None = None
+
+    def configure_model(self) -> None:
+        """Build the model once; Lightning may call this hook more than once."""
+        if self.model is not None:
+            return
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            self.model = self.build_model()
+        self.model.train()
+        if self.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if self.compile_model:
+            self.model.compile()
+
+    def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> dict[str, Any]:
+        """Return the mean next-token loss of a micro-batch."""
+        self.seed_micro_batch(batch_idx)
+        options = self.train_options(batch)
+        outputs = self.model(**self.model_inputs(batch), labels=batch["labels"], use_cache=False, **options)
+        self.watch_outputs(outputs)
+        return {"loss": outputs.loss, "num_tokens": batch["input_ids"].numel()}
+
+    def train_options(self, batch: dict[str, torch.Tensor]) -> dict[str, Any]:
+        """Further arguments of the model in a training step; methods add theirs here."""
+        return {}
+
+    def watch_outputs(self, outputs: Any) -> None:
+        """Look at the outputs of a training step, to log; methods add theirs here."""
+
+    def validation_step(
+        self, batch: dict[str, torch.Tensor], batch_idx: int, dataloader_idx: int = 0
+    ) -> dict[str, torch.Tensor]:
+        """Return per-token scores: ``nll`` float32 [B, T] and ``counted`` bool [B, T]."""
+        logits = self.model(**self.model_inputs(batch), use_cache=False).logits
+        nll, counted = next_token_nll(
+            logits, batch["labels"], next_token=batch.get("next_token"), document_ids=batch.get("document_ids")
+        )
+        return {"nll": nll, "counted": counted}
+
+    def model_inputs(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Keep the entries of a batch that are arguments of the model."""
+        return {name: batch[name] for name in ("input_ids", "attention_mask", "document_ids") if name in batch}
+
+    def seed_micro_batch(self, batch_idx: int) -> None:
+        """Set the random state of this micro-batch from (seed, step, micro-batch, rank)."""
+        micro_batch = batch_idx % self.trainer.accumulate_grad_batches
+        key = [self.seed, self.global_step, micro_batch, self.global_rank]
+        torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """AdamW (fused) with decay groups, and the schedule stepped with the optimiser."""
+        o = self.optimization
+        groups = decay_groups(self.model, o.weight_decay, o.decay)
+        optimizer = torch.optim.AdamW(groups, lr=o.lr, betas=tuple(o.betas), eps=o.eps, fused=True)
+        schedule = lr_schedule(
+            optimizer,
+            o.schedule,
+            warmup_steps=o.warmup_steps,
+            max_steps=self.max_steps,
+            min_lr_ratio=o.min_lr_ratio,
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Measure the gradient norm (before clipping), then clip as the trainer is told."""
+        self.grad_norm = total_grad_norm(self.model.parameters())
+        self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Store the model's configuration beside its weights."""
+        checkpoint["model_config"] = self.model.config.to_json_string()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another model.
+
+        Raises:
+            ValueError: the tensors of the checkpoint are not those of this model.
+        """
+        mine = {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()}
+        theirs = {name: tuple(tensor.shape) for name, tensor in checkpoint["state_dict"].items()}
+        different = sorted(name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name))
+        if different:
+            name = different[0]
+            raise ValueError(
+                f"the checkpoint belongs to another model: {len(different)} tensors differ, first {name}: "
+                f"{theirs.get(name, 'missing')} in the checkpoint, {mine.get(name, 'missing')} in this recipe; "
+                "choose the recipe it was trained with, or another output="
+            )

@@ -1,0 +1,55 @@
+"""AdamW parameter groups and learning-rate schedules, as plain functions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers.optimization import get_scheduler
+
+Decay = Literal["all", "matrices"]
+
+
+def decay_groups(model: nn.Module, weight_decay: float, decay: Decay) -> list[dict[str, Any]]:
+    """Split trainable parameters in a decayed and an undecayed group.
+
+    Args:
+        model: the model; only parameters with ``requires_grad`` are taken, each once (tied heads).
+        weight_decay: decoupled weight decay of the first group.
+        decay: ``"all"`` decays every parameter; ``"matrices"`` spares norms and biases (fewer than two dimensions).
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    decayed = [p for p in parameters if decay == "all" or p.ndim >= 2]
+    spared = [p for p in parameters if decay != "all" and p.ndim < 2]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": spared, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def lr_schedule(
+    optimizer: torch.optim.Optimizer, name: str, *, warmup_steps: int, max_steps: int, min_lr_ratio: float
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """Linear warm-up, then ``cosine`` or ``linear`` decay to ``min_lr_ratio`` times the peak, or ``constant``.
+
+    The cosine is lr(t) = peak (r + (1 - r) (1 + cos(pi t')) / 2) with t' the share of the steps after warm-up.
+    """
+    names = {"cosine": "cosine_with_min_lr", "constant": "constant_with_warmup", "linear": "linear"}
+    if name not in names:
+        raise ValueError(f"schedule must be one of {', '.join(names)}, got {name!r}")
+    if name != "cosine" and min_lr_ratio != 0:
+        raise ValueError(f"min_lr_ratio has no effect on schedule={name!r}, got {min_lr_ratio}: use schedule=cosine")
+    options = {"min_lr_rate": min_lr_ratio} if name == "cosine" else None
+    return get_scheduler(
+        names[name],
+        optimizer,
+        num_warmup_steps=warmup_steps,
+        num_training_steps=max_steps,
+        scheduler_specific_kwargs=options,
+    )
+
+
+def total_grad_norm(parameters: Iterable[nn.Parameter]) -> torch.Tensor:
+    """L2 norm of all gradients together, float32 scalar on the device of the first."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    return torch.nn.utils.get_total_norm([g.float() for g in grads])

@@ -1,0 +1,28 @@
+"""Train a recipe: ``python train.py recipe=NAME [key=value ...]``; ``--help`` lists the recipes."""
+
+import sys
+
+from configuration.errors import user_errors_exit_2
+
+
+def main(arguments: list[str]) -> None:
+    """Compose, check, build, run."""
+    from configuration.check import check
+    from configuration.compose import compose
+    from configuration.help import help_text, wants_help
+    from configuration.training import describe, run
+
+    if wants_help(arguments):
+        print(help_text("train"))
+        return
+    config = compose(arguments, command="train")
+    check(config)
+    if config["dry_run"]:
+        print(describe(config))
+    else:
+        run(config)
+
+
+if __name__ == "__main__":
+    with user_errors_exit_2(sys.argv):
+        main(sys.argv[1:])
