@@ -1,4 +1,4 @@
-"""Evaluate a model: ``python eval.py recipe=perplexity model.path=FOLDER data.path=FOLDER``; ``--help`` lists recipes."""
+"""Evaluate a model: ``python eval.py recipe=perplexity model.path=FOLDER data.path=FOLDER``."""
 
 import sys
 

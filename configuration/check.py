@@ -23,9 +23,8 @@ def check(config: dict[str, Any]) -> None:
     train = config.get("command", "train") == "train"
     problems = bind(TrainOptions if train else TaskOptions, config)
     # A training recipe hands its model to the module: checked there, named by its own section.
-    sections = {
-        key: value for key, value in config.items() if isinstance(value, dict) and not (train and key == "model")
-    }
+    skipped = ("model",) if train else ()
+    sections = {key: value for key, value in config.items() if isinstance(value, dict) and key not in skipped}
     problems += [problem.replace("module.model.", "model.") for problem in bind_all(sections)]
     if not problems:
         problems += _model_problems(config.get("model", {}))

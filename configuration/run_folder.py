@@ -90,7 +90,7 @@ def write_json(path: Path, content: Any) -> None:
 
 def versions() -> dict[str, Any]:
     """Python, packages and git commit of this process."""
-    found = {}
+    found: dict[str, str | None] = {}
     for package in PACKAGES:
         try:
             found[package] = metadata.version(package)

@@ -25,7 +25,7 @@ def run(config: dict[str, Any]) -> None:
 
     folder, checkpoint = open_run(config)
     data = build_data(config)
-    module = build({key: value for key, value in config["module"].items()})
+    module = build(config["module"])
     trainer = build_trainer(config)
     check_vocabulary(config, data)
     if trainer.is_global_zero:

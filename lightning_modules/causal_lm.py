@@ -57,6 +57,8 @@ class CausalLMModule(pl.LightningModule):
         compile: ``torch.compile`` the model in place.
     """
 
+    model: PreTrainedModel
+
     def __init__(
         self,
         model: Callable[[], PreTrainedModel],
@@ -69,7 +71,6 @@ class CausalLMModule(pl.LightningModule):
     ):
         super().__init__()
         self.build_model = model
-        self.model: PreTrainedModel | None = None
         self.optimization = optimization
         self.max_steps, self.seed = max_steps, seed
         self.gradient_checkpointing, self.compile_model = gradient_checkpointing, compile
@@ -77,7 +78,7 @@ class CausalLMModule(pl.LightningModule):
 
     def configure_model(self) -> None:
         """Build the model once; Lightning may call this hook more than once."""
-        if self.model is not None:
+        if hasattr(self, "model"):
             return
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
