@@ -11,7 +11,8 @@ import numpy as np
 def position_edges(length: int, *, per_octave: int = 4) -> list[int]:
     """Return bucket edges from 0 to ``length``, ``per_octave`` for each doubling.
 
-    Bucket j holds the positions ``edges[j] <= p < edges[j + 1]``. All edges below ``length`` are the same for every length, so curves of different lengths lie on one grid.
+    Bucket j holds the positions ``edges[j] <= p < edges[j + 1]``. All edges below ``length`` are the same for every
+    length, so curves of different lengths lie on one grid.
     """
     if length < 1 or per_octave < 1:
         raise ValueError(f"length and per_octave must be at least 1, got {length} and {per_octave}")

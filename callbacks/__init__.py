@@ -1,0 +1,1 @@
+"""Lightning callbacks that observe and report; training is bit-identical without them."""
