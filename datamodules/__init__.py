@@ -1,0 +1,1 @@
+"""Readers of the stores on disk, and what hands out batches of one documented dict (``datamodules.batch``)."""
