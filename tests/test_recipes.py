@@ -1,0 +1,47 @@
+"""Every recipe composes, checks, builds and takes a step at ``scale=tiny``; at full size its dry run tells its size."""
+
+import pytest
+import torch
+
+from configuration.check import check
+from configuration.compose import compose, recipe_names
+from configuration.training import describe, run
+
+TRAIN = recipe_names("train")
+
+
+@pytest.mark.parametrize("name", TRAIN)
+def test_fast_dev_run(name, tiny_corpus, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = [f"recipe={name}", "scale=tiny", f"data.path={tiny_corpus}", "trainer.fast_dev_run=true"]
+    config = compose([*arguments, "trainer.enable_progress_bar=false"], command="train")
+    check(config)
+    run(config)
+    folder = tmp_path / "runs" / f"{name}_tiny"
+    assert (folder / "model" / "model.safetensors").is_file()
+    assert (folder / "model" / "tokenizer.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "tokens"),
+    [
+        ("pg19_gca", "145,980,672", "524,160"),
+        ("pg19_sliding_window", "123,557,376", "524,160"),
+        ("pg19_sliding_window_14", "137,716,224", "524,160"),
+        ("arxiv_gca", "145,980,672", "524,160"),
+    ],
+)
+def test_published_sizes(name, parameters, tokens):
+    text = describe(compose([f"recipe={name}"], command="train"))
+    assert parameters in text and tokens in text
+
+
+def test_quickstart_opponents_have_equal_parameters():
+    sizes = []
+    for name in ("quickstart", "quickstart_sliding_window"):
+        with torch.device("meta"):
+            from configuration.targets import build
+
+            model = build(compose([f"recipe={name}"], command="train")["model"])()
+        sizes.append(sum(p.numel() for p in model.parameters()))
+    assert abs(sizes[0] - sizes[1]) < 0.01 * sizes[0]
