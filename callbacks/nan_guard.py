@@ -1,0 +1,65 @@
+"""Stop on a loss that is not a number, before it reaches the weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+
+class NonFiniteLossError(ValueError):
+    """Raised when the loss of an optimiser step is infinite or not a number."""
+
+
+class NanGuard(pl.Callback):
+    """Check the losses of all micro-batches once per optimiser step, before the optimiser is applied.
+
+    On a bad one the state before the step is saved as ``nan_step_<n>.ckpt`` in the run folder (a name that
+    resuming does not look for; n = optimiser steps applied so far) and training stops with the step and the
+    samples. The state can be loaded to run the step again.
+    """
+
+    def __init__(self) -> None:
+        self._seen: list[tuple[Tensor, Tensor | None]] = []
+        self._sample_index: Tensor | None = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start an empty step."""
+        self._seen = []
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Note which samples the micro-batch holds."""
+        self._sample_index = batch.get("sample_index") if isinstance(batch, dict) else None
+
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        """Keep the loss without looking at it: the host waits once per step only."""
+        self._seen.append((loss.detach(), self._sample_index))
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Look at the losses of the step on all ranks; save and stop if one is not finite."""
+        seen, self._seen = self._seen, []
+        bad = ~torch.isfinite(torch.stack([loss for loss, _ in seen]))
+        if float(trainer.strategy.reduce(bad.any().float(), reduce_op="sum")) == 0:
+            return
+        path = Path(trainer.default_root_dir) / f"nan_step_{trainer.global_step}.ckpt"
+        trainer.save_checkpoint(path)
+        found = [entry for entry, is_bad in zip(seen, bad.tolist(), strict=True) if is_bad]
+        raise NonFiniteLossError(
+            f"the loss is not finite in step {trainer.global_step + 1}{_describe(found)}; the state before this step "
+            f"is saved in {path}; try a lower learning rate or look at these samples"
+        )
+
+
+def _describe(found: list[tuple[Tensor, Tensor | None]]) -> str:
+    if not found:
+        return " on another rank"
+    values = ", ".join(str(float(loss)) for loss, _ in found)
+    indices = [str(index) for _, samples in found if samples is not None for index in samples.tolist()]
+    return f" ({values}), sample indices {', '.join(indices)}" if indices else f" ({values})"

@@ -1,0 +1,95 @@
+"""A causal model passes; models that leak, however little, are caught."""
+
+import pytest
+import torch
+
+from callbacks.causality_monitor import CausalityError, CausalityMonitor, find_leak
+
+
+def test_training_is_unchanged(assert_changes_nothing):
+    assert_changes_nothing(CausalityMonitor())
+
+
+def leaky(lab, amount, reach):
+    """A model whose embeddings also hold ``amount`` of the token ``reach`` places later."""
+
+    class Leaky(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = lab["tiny_llama"]()
+            self.config = self.inner.config
+
+        def get_input_embeddings(self):
+            return self.inner.get_input_embeddings()
+
+        def forward(self, input_ids, use_cache=None):
+            embedded = self.get_input_embeddings()(input_ids)
+            later = torch.nn.functional.pad(embedded, (0, 0, 0, reach))[:, reach:]
+            return self.inner(inputs_embeds=embedded + amount * later, use_cache=False)
+
+    return Leaky()
+
+
+@pytest.mark.parametrize(("amount", "reach"), [(1.0, 1), (1e-12, 1), (0.5, 3)])
+def test_leaks_stop_the_run_with_position_and_value(fit, lab, amount, reach):
+    with pytest.raises(CausalityError, match=rf"at position \d+ of a window of 16 tokens depend on {reach} later"):
+        fit(CausalityMonitor(), module=lab["Module"](leaky(lab, amount, reach)))
+
+
+def test_the_position_named_is_the_first_that_leaks(lab):
+    window = torch.arange(16)[None]
+    sentence = find_leak(leaky(lab, 1.0, 2), window, [0, 0])
+    position = int(sentence.split("at position ")[1].split(" ")[0])
+    assert f"the first at position {position + 1} " in sentence
+    assert find_leak(lab["tiny_llama"](), window, [0, 0]) == ""
+
+
+def test_positions_vary_with_the_step(lab):
+    window = torch.arange(16)[None]
+    model = leaky(lab, 1.0, 1)
+    assert len({find_leak(model, window, [0, step]).split(" of a window")[0] for step in range(10)}) > 2
+    assert find_leak(model, window, [0, 3]) == find_leak(model, window, [0, 3])
+
+
+def test_gradients_and_modes_are_restored(lab):
+    model = lab["tiny_llama"]().train()
+    model.model.layers[0].eval()
+    model.lm_head.weight.grad = torch.ones_like(model.lm_head.weight)
+    assert find_leak(model, torch.arange(16)[None], [0, 0]) == ""
+    assert model.training
+    assert not model.model.layers[0].training
+    assert bool((model.lm_head.weight.grad == 1).all())
+    assert all(p.grad is None for n, p in model.named_parameters() if n != "lm_head.weight")
+    assert not model.get_input_embeddings()._forward_hooks
+
+
+def test_a_model_that_hides_its_embedding_is_not_called_causal(lab):
+    class Hidden(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.other = lab["tiny_llama"](), torch.nn.Embedding(31, 16)
+
+        def get_input_embeddings(self):
+            return self.other
+
+        def forward(self, input_ids, use_cache=None):
+            return self.inner(input_ids, use_cache=False)
+
+    with pytest.raises(ValueError, match="nothing to monitor"):
+        find_leak(Hidden(), torch.arange(16)[None], [0, 0])
+
+
+def test_every_nth_validation_and_state(fit, monkeypatch):
+    checked = []
+    monkeypatch.setattr("callbacks.causality_monitor.find_leak", lambda model, window, seed: checked.append(seed) or "")
+    callback = CausalityMonitor(every_n_validations=2, seed=9)
+    fit(callback, val_check_interval=2)
+    assert checked == [[9, 2], [9, 6], [9, 10]]
+    other = CausalityMonitor()
+    other.load_state_dict(callback.state_dict())
+    assert other.state_dict() == {"validations": 5}
+
+
+def test_bad_options_are_explained():
+    with pytest.raises(ValueError, match="at least"):
+        CausalityMonitor(max_tokens=1)
