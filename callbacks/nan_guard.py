@@ -14,15 +14,19 @@ class NonFiniteLossError(ValueError):
     """Raised when the loss of an optimiser step is infinite or not a number."""
 
 
-class NanGuard(pl.Callback):
+class NaNGuard(pl.Callback):
     """Check the losses of all micro-batches once per optimiser step, before the optimiser is applied.
 
     On a bad one the state before the step is saved as ``nan_step_<n>.ckpt`` in the run folder (a name that
     resuming does not look for; n = optimiser steps applied so far) and training stops with the step and the
     samples. The state can be loaded to run the step again.
+
+    Args:
+        output: the run folder; None is the trainer's ``default_root_dir``.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, output: str | None = None) -> None:
+        self.output = output
         self._seen: list[tuple[Tensor, Tensor | None]] = []
         self._sample_index: Tensor | None = None
 
@@ -48,7 +52,7 @@ class NanGuard(pl.Callback):
         bad = ~torch.isfinite(torch.stack([loss for loss, _ in seen]))
         if float(trainer.strategy.reduce(bad.any().float(), reduce_op="sum")) == 0:
             return
-        path = Path(trainer.default_root_dir) / f"nan_step_{trainer.global_step}.ckpt"
+        path = Path(self.output or trainer.default_root_dir) / f"nan_step_{trainer.global_step}.ckpt"
         trainer.save_checkpoint(path)
         found = [entry for entry, is_bad in zip(seen, bad.tolist(), strict=True) if is_bad]
         raise NonFiniteLossError(

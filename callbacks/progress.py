@@ -18,7 +18,7 @@ NAMES = {
 }
 
 
-class TrainingProgressBar(RichProgressBar):
+class StepProgressBar(RichProgressBar):
     """Show ``step / max_steps`` and the metrics of `NAMES`, in their order, as far as they exist."""
 
     @property

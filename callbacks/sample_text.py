@@ -26,6 +26,7 @@ class SampleText(pl.Callback):
         temperature: 0 takes the likeliest token each time; above, tokens are drawn.
         seed: of the draws; prompt i uses ``seed + i`` at every validation.
         every_n_validations: generate at each n-th validation.
+        output: the run folder; None is the trainer's ``default_root_dir``.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class SampleText(pl.Callback):
         temperature: float = 0.0,
         seed: int = 0,
         every_n_validations: int = 1,
+        output: str | None = None,
     ) -> None:
         if not prompts:
             raise ValueError('prompts is empty: give at least one text, or [""] to start from nothing')
@@ -49,7 +51,7 @@ class SampleText(pl.Callback):
             raise ValueError(f"temperature must be 0 (likeliest token) or above, got {temperature}")
         self.prompts, self.tokenizer_path = list(prompts), tokenizer
         self.max_new_tokens, self.temperature, self.seed = max_new_tokens, temperature, seed
-        self.every_n_validations = every_n_validations
+        self.every_n_validations, self.output = every_n_validations, output
         self._tokenizer: Any = None
         self._validations = 0
 
@@ -102,7 +104,7 @@ class SampleText(pl.Callback):
     def _write(self, trainer: pl.Trainer, continuations: list[str]) -> None:
         step = trainer.global_step
         blocks = [f"prompt: {p}\n\n{text}\n" for p, text in zip(self.prompts, continuations, strict=True)]
-        path = Path(trainer.default_root_dir) / "samples" / f"step_{step:08d}.txt"
+        path = Path(self.output or trainer.default_root_dir) / "samples" / f"step_{step:08d}.txt"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(f"\n{'-' * 80}\n".join(blocks), encoding="utf-8")
         for logger in trainer.loggers:

@@ -5,20 +5,20 @@ import copy
 import pytest
 import torch
 
-from callbacks.nan_guard import NanGuard, NonFiniteLossError
+from callbacks.nan_guard import NaNGuard, NonFiniteLossError
 
 
 def test_training_is_unchanged(assert_changes_nothing):
-    assert_changes_nothing(NanGuard())
+    assert_changes_nothing(NaNGuard())
 
 
 @pytest.mark.parametrize(("accumulate", "poisoned_batch"), [(1, 3), (2, 6), (2, 7)])
 def test_stops_before_the_step_with_a_saved_state(fit, lab, tmp_path, accumulate, poisoned_batch):
-    _, healthy = fit(NanGuard(), max_steps=3, accumulate_grad_batches=accumulate, val_check_interval=40)
+    _, healthy = fit(NaNGuard(), max_steps=3, accumulate_grad_batches=accumulate, val_check_interval=40)
     weights = copy.deepcopy(healthy.state_dict())
     broken = lab["Module"](lab["tiny_llama"](), poison_step=poisoned_batch)
     with pytest.raises(NonFiniteLossError) as error:
-        fit(NanGuard(), module=broken, accumulate_grad_batches=accumulate, val_check_interval=40)
+        fit(NaNGuard(), module=broken, accumulate_grad_batches=accumulate, val_check_interval=40)
     sentence = str(error.value)
     assert "in step 4 (nan)" in sentence
     assert f"sample indices {2 * poisoned_batch}, {2 * poisoned_batch + 1};" in sentence
@@ -38,9 +38,9 @@ def test_resuming_does_not_look_at_the_file(fit, lab, tmp_path):
     from callbacks.checkpoint import find_checkpoint
 
     with pytest.raises(NonFiniteLossError):
-        fit(NanGuard(), module=lab["Module"](lab["tiny_llama"](), poison_step=0))
-    assert (tmp_path / "nan_step_0.ckpt").is_file()
-    assert find_checkpoint(tmp_path) is None
+        fit(NaNGuard(output=str(tmp_path / "run")), module=lab["Module"](lab["tiny_llama"](), poison_step=0))
+    assert (tmp_path / "run" / "nan_step_0.ckpt").is_file()
+    assert find_checkpoint(tmp_path / "run") is None
 
 
 def test_every_rank_stops_when_another_one_saw_it(fit, monkeypatch):
@@ -48,4 +48,4 @@ def test_every_rank_stops_when_another_one_saw_it(fit, monkeypatch):
         "lightning.pytorch.strategies.SingleDeviceStrategy.reduce", lambda self, tensor, *_, **__: tensor + 1
     )
     with pytest.raises(NonFiniteLossError, match="on another rank"):
-        fit(NanGuard())
+        fit(NaNGuard())

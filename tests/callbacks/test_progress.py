@@ -4,11 +4,11 @@ import io
 
 import pytest
 
-from callbacks.progress import TrainingProgressBar
+from callbacks.progress import StepProgressBar
 from callbacks.validation_perplexity import ValidationPerplexity
 
 
-class Watched(TrainingProgressBar):
+class Watched(StepProgressBar):
     """Remember the train task and the metrics at each refresh; write to memory."""
 
     def __init__(self):

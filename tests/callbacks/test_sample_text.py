@@ -58,8 +58,11 @@ def test_draws_depend_on_the_seed_only(fit, tokenizer, tmp_path):
 
 def test_every_nth_validation_and_tensorboard(fit, tokenizer, tmp_path):
     callback = sampler(tokenizer, every_n_validations=2)
+    callback.output = str(tmp_path / "run")
     fit(callback, val_check_interval=2, logger=TensorBoardLogger(tmp_path, "board"))
-    assert [p.name for p in sorted((tmp_path / "samples").iterdir())] == [f"step_{n:08d}.txt" for n in (2, 6, 10)]
+    assert [p.name for p in sorted((tmp_path / "run" / "samples").iterdir())] == [
+        f"step_{n:08d}.txt" for n in (2, 6, 10)
+    ]
     events = EventAccumulator(str(next((tmp_path / "board").iterdir()))).Reload()
     assert "samples/0/text_summary" in events.Tags()["tensors"]
     other = sampler(tokenizer)
