@@ -125,7 +125,7 @@ class CorpusWriter:
         overwrite: replace what is at ``path`` (only when the new corpus is complete).
 
     Raises:
-        FileExistsError: something is at ``path`` and ``overwrite`` is off.
+        FileExistsError: something is at ``path`` and ``overwrite`` is off, or it is no corpus.
         ValueError: the vocabulary does not fit the dtype, or the end-of-text token the vocabulary.
     """
 
@@ -142,8 +142,10 @@ class CorpusWriter:
         overwrite: bool = False,
     ):
         self.path, self.overwrite = Path(path), overwrite
-        if self.path.exists() and not overwrite:
+        if is_taken(self.path) and not overwrite:
             raise FileExistsError(f"{self.path} exists: choose another path or overwrite it")
+        if is_taken(self.path) and not (self.path / META_FILE).is_file():
+            raise FileExistsError(f"{self.path} is no token corpus and is not overwritten: choose another path")
         check_eos(eos_token_id, vocab_size, append_eos=append_eos)
         self._fields = {
             "tokenizer": tokenizer,
@@ -213,19 +215,24 @@ def check_eos(eos_token_id: int | None, vocab_size: int, *, append_eos: bool) ->
         raise ValueError(f"eos_token_id {eos_token_id} is not in the vocabulary of {vocab_size}")
 
 
+def is_taken(path: Path) -> bool:
+    """Say whether something is at a path; an empty folder is nothing."""
+    return path.exists() and not (path.is_dir() and not any(path.iterdir()))
+
+
 def move_into_place(folder: Path, path: Path, *, overwrite: bool) -> None:
     """Rename a complete folder to its name, replacing what is there only if told to.
 
     Raises:
         FileExistsError: something is at ``path`` and ``overwrite`` is off.
     """
-    if path.exists():
+    if is_taken(path):
         if not overwrite:
             raise FileExistsError(f"{path} appeared meanwhile: choose another path or overwrite it")
         old = path.parent / f".{path.name}.{secrets.token_hex(4)}.old"
         path.rename(old)
         folder.rename(path)
-        shutil.rmtree(old) if old.is_dir() else old.unlink()
+        shutil.rmtree(old)
     else:
         folder.rename(path)
     _sync_folder(path.parent)

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from datamodules.corpus_format import digest
+
+if TYPE_CHECKING:
+    # Importing transformers takes seconds, and encoding processes import this module without needing it.
+    from transformers import PreTrainedTokenizerFast
 
 END_OF_TEXT, PADDING, LANDMARK = SPECIAL_TOKENS = ("<|endoftext|>", "<|pad|>", "<|landmark|>")
 KNOWN_ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[SEP]")
@@ -30,6 +33,8 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerFast:
         FileNotFoundError: nothing of that name here or on the hub.
         ValueError: it has no fast form, or its file is damaged.
     """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
     path = Path(name)
     if str(name) == BYTES:
         return byte_tokenizer()
@@ -60,6 +65,8 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 def wrap(backend: Tokenizer) -> PreTrainedTokenizerFast:
     """Give a tokenizer made here its Hugging Face form."""
+    from transformers import PreTrainedTokenizerFast
+
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         eos_token=END_OF_TEXT,
@@ -92,6 +99,8 @@ def _from_file(path: Path) -> PreTrainedTokenizerFast:
         backend = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception
         raise ValueError(f"{path} is not a tokenizer.json ({error})") from error
+    from transformers import PreTrainedTokenizerFast
+
     roles: dict[str, Any] = {}
     end = next((token for token in KNOWN_ENDS if backend.token_to_id(token) is not None), None)
     if end is not None:

@@ -1,0 +1,60 @@
+"""Check stores against their checksums: python -m preprocess.verify PATH."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+
+from datamodules.corpus import TokenCorpus
+from datamodules.corpus_format import DOCUMENTS_FILE, META_FILE, OFFSET_DTYPE, file_sha256
+from preprocess.command import run_command
+
+
+def verify_corpus(path: str | Path) -> TokenCorpus:
+    """Check length, checksums and document offsets of one token corpus.
+
+    Raises:
+        FileNotFoundError: no corpus there.
+        ValueError: a file is damaged; names it.
+    """
+    corpus = TokenCorpus(path)
+    for name, expected in corpus.meta["sha256"].items():
+        if file_sha256(corpus.path / name) != expected:
+            raise ValueError(f"{corpus.path / name} is damaged: its checksum is not that of meta.json; make it again")
+    offsets = np.fromfile(corpus.path / DOCUMENTS_FILE, OFFSET_DTYPE)
+    if offsets[0] != 0 or offsets[-1] != len(corpus) or (offsets[1:] < offsets[:-1]).any():
+        raise ValueError(f"{corpus.path / DOCUMENTS_FILE} does not cut the tokens into documents; make it again")
+    return corpus
+
+
+def stores_in(path: Path) -> list[Path]:
+    """Return the token corpora at or directly below a path.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    if (path / META_FILE).is_file():
+        return [path]
+    stores = sorted(meta.parent for meta in path.glob(f"*/{META_FILE}"))
+    if not stores:
+        raise FileNotFoundError(f"no token corpus at {path}: give a corpus folder or one of its splits")
+    return stores
+
+
+def main(arguments: list[str]) -> None:
+    """Verify every split of a corpus folder."""
+    parser = argparse.ArgumentParser(
+        prog="python -m preprocess.verify",
+        description="Check length and checksums of every split of a corpus folder.",
+        epilog="example: python -m preprocess.verify data/books",
+    )
+    parser.add_argument("path", type=Path, help="corpus folder, or one split of it")
+    for store in stores_in(parser.parse_args(arguments).path):
+        corpus = verify_corpus(store)
+        print(f"{store}: whole, {corpus.num_documents:,} documents, {corpus.num_tokens:,} tokens")
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_command(main))
