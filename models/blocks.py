@@ -1,0 +1,131 @@
+"""The parts every model here is put together from: norm, MLP, window attention with ALiBi, decoder block.
+
+Legend: B batch, T positions, H heads, G kv heads, D head size, M model width.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from kernels.sliding_window import sliding_window_attention
+from models.checks import AttentionImplementation
+from models.window_cache import WindowRing
+
+
+@dataclass(frozen=True)
+class BlockShape:
+    """Sizes of one transformer block."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    norm_eps: float
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one head."""
+        return self.hidden_size // self.num_heads
+
+
+@dataclass(frozen=True)
+class Window:
+    """What the self attention of all blocks of one forward call shares.
+
+    Attributes:
+        size: Keys a query sees, itself included.
+        slopes: ALiBi slopes ``[H]`` float32.
+        document_ids: Ids of the keys ``[B, Tk]``, -1 = padding; None if every key counts and there is one document.
+        ring: Keys and values of earlier calls, extended in place; None without a cache.
+        implementation: Passed on to the kernel.
+    """
+
+    size: int
+    slopes: Tensor
+    document_ids: Tensor | None = None
+    ring: WindowRing | None = None
+    implementation: AttentionImplementation = "auto"
+
+
+def alibi_slopes(num_heads: int, device: torch.device) -> Tensor:
+    """Return slope_i = 2 ** (-8 (i + 1) / H), ``[H]`` float32, for any number of heads."""
+    steps = torch.arange(1, num_heads + 1, device=device, dtype=torch.float32)
+    return torch.exp2(steps * (-8.0 / num_heads))
+
+
+class RMSNorm(nn.Module):
+    """y = weight * x / sqrt(mean(x^2) + eps), computed in float32 and returned in the dtype of x."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last dimension of ``[..., M]``."""
+        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+
+
+class SwiGLU(nn.Module):
+    """W_down (silu(W_gate x) * W_up x)."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[..., M]`` to ``[..., M]``."""
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class SelfAttention(nn.Module):
+    """Causal attention over a window of keys with ALiBi and grouped key/value heads."""
+
+    def __init__(self, shape: BlockShape, layer_index: int) -> None:
+        super().__init__()
+        self.layer_index = layer_index
+        self.head_dim = shape.head_dim
+        kv_size = shape.num_kv_heads * shape.head_dim
+        self.q_proj = nn.Linear(shape.hidden_size, shape.hidden_size, bias=False)
+        self.k_proj = nn.Linear(shape.hidden_size, kv_size, bias=False)
+        self.v_proj = nn.Linear(shape.hidden_size, kv_size, bias=False)
+        self.o_proj = nn.Linear(shape.hidden_size, shape.hidden_size, bias=False)
+
+    def forward(self, x: Tensor, window: Window) -> Tensor:
+        """Attend from ``[B, T, M]`` to itself and to the keys the ring of ``window`` holds."""
+        query, key, value = (
+            projection(x).unflatten(-1, (-1, self.head_dim)) for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if window.ring is not None:
+            key, value = window.ring.extend(self.layer_index, key, value)
+        out = sliding_window_attention(
+            query,
+            key,
+            value,
+            window.size,
+            alibi_slopes=window.slopes,
+            document_ids=window.document_ids,
+            implementation=window.implementation,
+        )
+        return self.o_proj(out.flatten(-2))
+
+
+class DecoderBlock(GradientCheckpointingLayer):
+    """x += SelfAttn(norm x); x += MLP(norm x)."""
+
+    def __init__(self, shape: BlockShape, layer_index: int) -> None:
+        super().__init__()
+        self.self_attn = SelfAttention(shape, layer_index)
+        self.mlp = SwiGLU(shape.hidden_size, shape.intermediate_size)
+        self.input_layernorm = RMSNorm(shape.hidden_size, shape.norm_eps)
+        self.post_attention_layernorm = RMSNorm(shape.hidden_size, shape.norm_eps)
+
+    def forward(self, x: Tensor, window: Window) -> Tensor:
+        """Map hidden states ``[B, T, M]`` to hidden states of the same shape."""
+        x = x + self.self_attn(self.input_layernorm(x), window)
+        return x + self.mlp(self.post_attention_layernorm(x))

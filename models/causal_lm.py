@@ -1,0 +1,138 @@
+"""What the language models here have in common around their bodies: head, loss, cache policy, published layout.
+
+Legend: B batch, T tokens, V vocabulary, M model width.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Self
+
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.utils import logging
+
+from models.reference_layout import load_reference, reference_parameters, strip_prefixes
+
+logger = logging.get_logger(__name__)
+IGNORED = -100
+
+
+def counted_targets(labels: Tensor, document_numbers: Tensor | None) -> Tensor:
+    """Return the target of every position, ``[B, T]``: the next label, -100 where none counts.
+
+    Args:
+        labels: Un-shifted labels ``[B, T]``, -100 ignored.
+        document_numbers: ``[B, T]``, -1 = padding; a target counts only inside the document of its predecessor.
+    """
+    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+    if document_numbers is None:
+        return targets
+    following = F.pad(document_numbers[:, 1:], (0, 1), value=-1)
+    return targets.masked_fill((document_numbers != following) | (document_numbers < 0), IGNORED)
+
+
+def next_token_loss(logits: Tensor, targets: Tensor, num_items: Tensor | int | None) -> Tensor:
+    """Return the float32 cross entropy of ``[B, T, V]`` against ``[B, T]``.
+
+    loss = sum of -log softmax(logits)[target] / number of counted targets (or ``num_items``); 0 without targets.
+    """
+    total = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
+    count = (targets != IGNORED).sum().clamp_min(1) if num_items is None else num_items
+    return total / (count.to(total.device) if isinstance(count, Tensor) else count)
+
+
+class CausalLanguageModel(PreTrainedModel, GenerationMixin):
+    """A body called ``model`` with an embedding, and a head tied to it."""
+
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+    _reference_prefixes: tuple[str, ...] = ("module.",)
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        # The caches here are not lists of growing layers: forward builds the right one.
+        return False
+
+    @staticmethod
+    def reference_name(name: str) -> str:
+        """Return the published name of a parameter."""
+        return name
+
+    @classmethod
+    def from_reference_state_dict(cls, state_dict: Mapping[str, Tensor], config: Any, *, strict: bool = True) -> Self:
+        """Build a model from a state dict in the published layout.
+
+        Args:
+            state_dict: Published names; a leading ``module.`` and ALiBi buffers are dropped.
+            config: The configuration of the model.
+            strict: Refuse missing and unexpected names.
+
+        Raises:
+            ValueError: If names or shapes do not fit.
+        """
+        model = cls(config)
+        load_reference(model, strip_prefixes(state_dict, cls._reference_prefixes), strict=strict)
+        return model
+
+    def to_reference_state_dict(self, *, gradients: bool = False) -> dict[str, Tensor | None]:
+        """Map published names to parameters (or to their gradients), the tied head once as the embedding."""
+        parameters = reference_parameters(self)
+        return {name: parameter.grad if gradients else parameter for name, parameter in parameters.items()}
+
+    def caches(self, use_cache: bool | None, labels: Tensor | None, past_key_values: Any) -> bool:
+        """Decide whether a forward call keeps a cache; None means: in evaluation mode without labels."""
+        if use_cache is None:
+            use_cache = past_key_values is not None or (not self.training and labels is None and self.config.use_cache)
+        checkpointing = self.training and any(getattr(part, "gradient_checkpointing", False) for part in self.modules())
+        if checkpointing and past_key_values is not None:
+            raise ValueError("past_key_values cannot be used in training mode with gradient checkpointing")
+        if use_cache and checkpointing:
+            logger.warning_once("use_cache=True has no effect in training mode with gradient checkpointing")
+        return bool(use_cache) and not checkpointing
+
+    def score(
+        self,
+        hidden: Tensor,
+        labels: Tensor | None,
+        *,
+        documents: Tensor | None,
+        logits_to_keep: int | Tensor,
+        num_items: Tensor | int | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return logits of the last (or chosen) positions and, with labels, the loss over all of them."""
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        if labels is None:
+            return self.lm_head(hidden[:, kept]), None
+        if labels.shape != hidden.shape[:2]:
+            raise ValueError(
+                f"labels must have the shape of input_ids {list(hidden.shape[:2])}, got {list(labels.shape)}"
+            )
+        logits = self.lm_head(hidden)
+        loss = next_token_loss(logits, counted_targets(labels, documents), num_items)
+        return logits[:, kept], loss
+
+
+def check_inputs(input_ids: Tensor | None, extra: Mapping[str, Any]) -> Tensor:
+    """Return ``input_ids`` [B, T]; refuse what these models cannot take.
+
+    Raises:
+        ValueError: On embeddings or positions from outside, attention maps, or ids of another shape.
+    """
+    if extra.get("inputs_embeds") is not None:
+        raise ValueError("inputs_embeds is not supported: the model inserts landmarks by token id, pass input_ids")
+    if extra.get("position_ids") is not None:
+        raise ValueError("position_ids is not supported: positions follow from attention_mask and document_ids")
+    if extra.get("output_attentions"):
+        raise ValueError("output_attentions is not supported: attention maps are never formed")
+    if input_ids is None or input_ids.dim() != 2 or input_ids.shape[1] < 1:
+        raise ValueError(
+            f"input_ids must be [batch, tokens], got {None if input_ids is None else list(input_ids.shape)}"
+        )
+    return input_ids
+
+
+def check_same_shape(name: str, given: Tensor | None, input_ids: Tensor) -> None:
+    """Raise a ValueError unless ``given`` is None or shaped like ``input_ids``."""
+    if given is not None and given.shape != input_ids.shape:
+        raise ValueError(f"{name} must have the shape of input_ids {list(input_ids.shape)}, got {list(given.shape)}")
