@@ -1,0 +1,217 @@
+"""Perplexity of models over context lengths on one set of targets; the work behind ``eval.py recipe=perplexity``.
+
+Notable: each finished (model, length) is a file named by everything that determines its number, so an interrupted
+evaluation continues, a changed one recomputes only what changed, and no number ever appears under another protocol.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+import transformers
+
+from evaluation.figures import save_loss_by_position, save_perplexity_by_length
+from evaluation.perplexity import evaluate_perplexity
+from evaluation.results import csv_text, digest, model_identity, text_table, write_json, write_text
+
+Dtype = Literal["float32", "bfloat16", "float16", "bfloat16-mixed"]
+HUB = "hub:"
+COLUMNS = ("model", "length", "stride", "num_targets", "nll_sum", "loss", "perplexity", "bits_per_byte", "seconds")
+SHOWN = ("model", "length", "num_targets", "loss", "perplexity", "bits_per_byte")
+
+
+class PerplexityTask:
+    """Evaluate one or several models at several context lengths on identical targets.
+
+    Args:
+        models: a model folder (``save_pretrained``), or label -> folder; ``hub:NAME`` is a model of the hub.
+        data_path: corpus folder with splits, or one token corpus.
+        lengths: context lengths (windows) to score at.
+        split: split of the corpus folder.
+        stride: distance of the windows' starts, at most the shortest length; None: windows do not overlap.
+        max_tokens: score only the first so many tokens of the split.
+        batch_tokens: tokens of a forward, at least one window.
+        bos_token_id: put before every window and counted in its length.
+        dtype: of weights and arithmetic; ``bfloat16-mixed`` keeps float32 weights under autocast.
+        device: ``auto`` (CUDA when there is one), ``cpu``, ``cuda``, ``cuda:1``.
+        progress: show a progress bar on the error stream.
+
+    Raises:
+        ValueError: an option out of range, or a device that is not there.
+        FileNotFoundError: a model or the corpus does not exist.
+    """
+
+    def __init__(
+        self,
+        models: dict[str, str] | str,
+        data_path: str,
+        lengths: list[int],
+        split: str = "validation",
+        stride: int | None = None,
+        max_tokens: int | None = None,
+        batch_tokens: int = 8192,
+        bos_token_id: int | None = None,
+        dtype: Dtype = "float32",
+        device: str = "auto",
+        progress: bool = True,
+    ) -> None:
+        self.models = {_label(models): models} if isinstance(models, str) else dict(models)
+        self.lengths = sorted(lengths)
+        self.stride, self.max_tokens, self.batch_tokens = stride, max_tokens, batch_tokens
+        self.bos_token_id, self.dtype, self.progress = bos_token_id, dtype, progress
+        self._check_numbers()
+        self.device = _device(device, dtype)
+        self.corpus_path = _corpus_folder(Path(data_path), split)
+        for label, path in self.models.items():
+            if not path.startswith(HUB) and not (Path(path) / "config.json").is_file():
+                raise FileNotFoundError(
+                    f"model {label}: {path} is no model folder (it has no config.json); "
+                    "make one with export.py, or write hub:NAME for a model of the hub"
+                )
+
+    def run(self, output: Path) -> dict[str, Any]:
+        """Evaluate what is missing in ``output``; write metrics, table and figures; return the metrics and the table.
+
+        Files: ``results/*.json`` (one per model and length), ``metrics.json``, ``perplexity.csv``,
+        ``predictions.jsonl`` (the sum of each window), ``perplexity_by_length.png``, ``loss_by_position.png``.
+        """
+        from datamodules.corpus import TokenCorpus
+
+        corpus = TokenCorpus(self.corpus_path)
+        described, results = {}, []
+        for label, path in self.models.items():
+            described[label] = {"path": path, "identity": _identity(path)}
+            results += self._run_model(label, path, described[label]["identity"], corpus, output / "results")
+        metrics = {"task": "perplexity", "protocol": self._protocol(corpus), "models": described, "results": results}
+        return _publish(metrics, output)
+
+    def _run_model(self, label: str, path: str, identity: str, corpus: Any, folder: Path) -> list[dict[str, Any]]:
+        """Return the results of a model, from files where they exist; it is loaded only if one is missing."""
+        results, model = [], None
+        for length in self.lengths:
+            request = self._protocol(corpus) | {"model": identity, "length": length}
+            file = folder / f"{re.sub(r'[^A-Za-z0-9._+-]+', '_', label)}-{length}-{digest(request)[:12]}.json"
+            if file.is_file():
+                result = json.loads(file.read_text(encoding="utf-8"))
+            else:
+                model = self._load(path) if model is None else model
+                result = self._evaluate(model, corpus, length)
+                write_json(file, result)
+            results.append({"model": label, "length": length} | result)
+        return results
+
+    def _evaluate(self, model: Any, corpus: Any, length: int) -> dict[str, Any]:
+        start = time.perf_counter()
+        result = evaluate_perplexity(
+            model,
+            corpus,
+            window=length,
+            stride=self.stride,
+            bos_token_id=self.bos_token_id,
+            batch_size=max(1, self.batch_tokens // length),
+            max_tokens=self.max_tokens,
+            dtype=torch.bfloat16 if self.dtype == "bfloat16-mixed" else None,
+            progress=self.progress,
+        )
+        return result | {"seconds": time.perf_counter() - start}
+
+    def _load(self, path: str) -> Any:
+        import models  # noqa: F401 - registers the suite's models with transformers' Auto classes
+
+        dtype = torch.float32 if self.dtype == "bfloat16-mixed" else getattr(torch, self.dtype)
+        model = transformers.AutoModelForCausalLM.from_pretrained(path.removeprefix(HUB), dtype=dtype)
+        return model.to(self.device).eval()
+
+    def _protocol(self, corpus: Any) -> dict[str, Any]:
+        """Everything besides model and length that a number depends on."""
+        return {
+            "corpus": corpus.identity,
+            "num_tokens": min(corpus.num_tokens, self.max_tokens or corpus.num_tokens),
+            "stride": self.stride,
+            "bos_token_id": self.bos_token_id,
+            "dtype": self.dtype,
+            "device": self.device.type,
+            "versions": {
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+            },
+        }
+
+    def _check_numbers(self) -> None:
+        if not self.models:
+            raise ValueError("models is empty: give a model folder or label: folder pairs")
+        shortest = 1 if self.bos_token_id is None else 2
+        if not self.lengths or self.lengths[0] < shortest or len(set(self.lengths)) != len(self.lengths):
+            raise ValueError(f"lengths must be different numbers from {shortest} up, got {self.lengths}")
+        if self.stride is not None and not 1 <= self.stride <= self.lengths[0]:
+            raise ValueError(
+                f"stride must lie between 1 and the shortest length of {self.lengths[0]}, got {self.stride}; "
+                "leave it out for windows that do not overlap"
+            )
+        if self.max_tokens is not None and self.max_tokens < 2:
+            raise ValueError(f"max_tokens must be at least 2, got {self.max_tokens}")
+        if self.batch_tokens < 1:
+            raise ValueError(f"batch_tokens must be at least 1, got {self.batch_tokens}")
+        if self.dtype not in get_args(Dtype):
+            raise ValueError(f"dtype is one of {', '.join(get_args(Dtype))}, got {self.dtype}")
+
+
+def _publish(metrics: dict[str, Any], output: Path) -> dict[str, Any]:
+    """Write everything made of the results; return the metrics with the table as text."""
+    lines = []
+    for result in metrics["results"]:
+        for start, stop, first_target, nll_sum in result.pop("windows"):
+            window = {"start": start, "stop": stop, "first_target": first_target, "nll_sum": nll_sum}
+            lines.append(json.dumps({"model": result["model"], "length": result["length"]} | window) + "\n")
+    write_text(output / "predictions.jsonl", "".join(lines))
+    write_json(output / "metrics.json", metrics)
+    write_text(output / "perplexity.csv", csv_text(metrics["results"], COLUMNS))
+    curves: dict[str, dict[int, Mapping[str, Any]]] = {label: {} for label in metrics["models"]}
+    for result in metrics["results"]:
+        curves[result["model"]][result["length"]] = result
+    save_perplexity_by_length(curves, output / "perplexity_by_length.png")
+    save_loss_by_position(curves, output / "loss_by_position.png")
+    return metrics | {"table": text_table(metrics["results"], SHOWN)}
+
+
+def _label(path: str) -> str:
+    """Name a model by its folder, or by the run for ``runs/NAME/model``."""
+    place = Path(path.removeprefix(HUB))
+    return place.parent.name if place.name == "model" and place.parent.name else place.name
+
+
+def _identity(path: str) -> str:
+    return path if path.startswith(HUB) else model_identity(Path(path))
+
+
+def _corpus_folder(path: Path, split: str) -> Path:
+    if (path / "meta.json").is_file():
+        return path
+    if (path / split / "meta.json").is_file():
+        return path / split
+    if not path.is_dir():
+        raise FileNotFoundError(f"no corpus folder {path}: make it with python -m preprocess.tokenize")
+    splits = sorted(child.parent.name for child in path.glob("*/meta.json"))
+    raise FileNotFoundError(f"{path} has no split {split}: {'it has ' + ', '.join(splits) if splits else 'no corpus'}")
+
+
+def _device(name: str, dtype: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {name}") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {name} was asked for, but there are {torch.cuda.device_count()} CUDA devices")
+    if device.type == "cpu" and dtype == "float16":
+        raise ValueError("float16 is unusably slow on a CPU: choose dtype=float32 or bfloat16")
+    return device

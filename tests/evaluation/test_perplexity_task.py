@@ -1,0 +1,140 @@
+"""The evaluation command's work: files, protocol, resuming, bad requests."""
+
+import csv
+import json
+
+import pytest
+import torch
+
+from evaluation import perplexity_task
+from evaluation.perplexity import evaluate_perplexity
+from evaluation.perplexity_task import PerplexityTask
+from preprocess.index import CorpusWriter
+
+
+@pytest.fixture
+def folders(tmp_path, llama, stream):
+    """Two model folders and a corpus folder with one split."""
+    llama.save_pretrained(tmp_path / "a" / "model")
+    with torch.no_grad():
+        llama.lm_head.weight *= 0.5
+        llama.save_pretrained(tmp_path / "b")
+        llama.lm_head.weight *= 2
+    (tmp_path / "corpus").mkdir()
+    options = {"dtype": "uint16", "tokenizer": "sha256:t", "vocab_size": 61, "eos_token_id": 0, "source": "test"}
+    with CorpusWriter(tmp_path / "corpus" / "validation", append_eos=False, **options) as writer:
+        writer.add(stream.tolist(), num_bytes=450)
+    return tmp_path
+
+
+def task(folders, **options):
+    defaults = {
+        "models": {"a": str(folders / "a" / "model"), "b": str(folders / "b")},
+        "data_path": str(folders / "corpus"),
+        "lengths": [32, 8],
+        "progress": False,
+    }
+    return PerplexityTask(**(defaults | options))
+
+
+def test_results_equal_single_evaluations(folders, llama, stream, tmp_path):
+    out = tmp_path / "out"
+    result = task(folders, bos_token_id=3).run(out)
+    assert [(r["model"], r["length"]) for r in result["results"]] == [("a", 8), ("a", 32), ("b", 8), ("b", 32)]
+    for entry in result["results"][:2]:
+        expected = evaluate_perplexity(llama, stream, window=entry["length"], bos_token_id=3)
+        assert entry["nll_sum"] == pytest.approx(expected["nll_sum"], rel=1e-6)
+        assert entry["bits_per_byte"] == pytest.approx(entry["loss"] / 0.6931471805599453 / 3)
+        assert entry["num_targets"] == len(stream)
+    assert result["results"][2]["nll_sum"] != result["results"][0]["nll_sum"]
+    stored = json.loads((out / "metrics.json").read_text())
+    assert stored["protocol"]["bos_token_id"] == 3
+    assert stored["protocol"]["dtype"] == "float32"
+    assert stored["protocol"]["corpus"] == stored["results"][0]["corpus"]
+    assert stored["models"]["a"]["identity"] != stored["models"]["b"]["identity"]
+    rows = list(csv.DictReader((out / "perplexity.csv").open()))
+    assert [float(row["perplexity"]) for row in rows] == [r["perplexity"] for r in stored["results"]]
+    windows = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
+    total = sum(w["nll_sum"] for w in windows if (w["model"], w["length"]) == ("b", 8))
+    assert total == pytest.approx(stored["results"][2]["nll_sum"])
+    assert result["table"].splitlines()[0].split() == list(perplexity_task.SHOWN)
+    for name in ("perplexity_by_length.png", "loss_by_position.png"):
+        assert (out / name).stat().st_size > 5000
+
+
+def test_finished_lengths_are_not_repeated(folders, tmp_path, monkeypatch):
+    out, real, calls = tmp_path / "out", evaluate_perplexity, []
+
+    def counting(model, corpus, *, window, **options):
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        calls.append(window)
+        return real(model, corpus, window=window, **options)
+
+    monkeypatch.setattr(perplexity_task, "evaluate_perplexity", counting)
+    with pytest.raises(KeyboardInterrupt):
+        task(folders).run(out)
+    assert calls == [8, 32, 8]
+    assert not (out / "metrics.json").exists()
+    calls.clear()
+    first = task(folders).run(out)
+    assert calls == [32]
+    monkeypatch.setattr(perplexity_task.PerplexityTask, "_load", None)  # nothing is left to load a model for
+    assert task(folders).run(out)["results"] == first["results"]
+
+
+def test_another_protocol_or_model_is_never_served_old_numbers(folders, tmp_path, llama):
+    out = tmp_path / "out"
+    numbers = [task(folders, models=str(folders / "b")).run(out)["results"][0]["nll_sum"]]
+    numbers.append(task(folders, models=str(folders / "b"), max_tokens=100).run(out)["results"][0]["nll_sum"])
+    numbers.append(task(folders, models=str(folders / "b"), stride=4).run(out)["results"][0]["nll_sum"])
+    numbers.append(task(folders, models=str(folders / "b"), dtype="bfloat16").run(out)["results"][0]["nll_sum"])
+    numbers.append(task(folders, models=str(folders / "b"), dtype="bfloat16-mixed").run(out)["results"][0]["nll_sum"])
+    llama.save_pretrained(folders / "b")
+    numbers.append(task(folders, models=str(folders / "b")).run(out)["results"][0]["nll_sum"])
+    assert len(set(numbers)) == len(numbers)
+
+
+def test_labels_come_from_the_folder(folders):
+    assert list(task(folders, models=str(folders / "a" / "model")).models) == ["a"]
+    assert list(task(folders, models=str(folders / "b")).models) == ["b"]
+    assert list(task(folders, models="hub:org/name").models) == ["name"]
+
+
+def test_one_corpus_can_be_given_directly(folders, tmp_path):
+    direct = task(folders, data_path=str(folders / "corpus" / "validation"), models=str(folders / "b"))
+    assert direct.run(tmp_path / "x")["results"][0]["num_targets"] == 149
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"models": {}}, "models is empty"),
+        ({"lengths": []}, "lengths must be"),
+        ({"lengths": [8, 8]}, "lengths must be"),
+        ({"lengths": [1], "bos_token_id": 0}, "lengths must be"),
+        ({"stride": 9}, "stride must lie between 1 and the shortest length of 8"),
+        ({"max_tokens": 1}, "max_tokens must be at least 2"),
+        ({"batch_tokens": 0}, "batch_tokens must be at least 1"),
+        ({"dtype": "float8"}, "dtype is one of"),
+        ({"dtype": "float16", "device": "cpu"}, "float16 is unusably slow"),
+        ({"device": "tpu9"}, "device must be"),
+        ({"device": "cuda:99"}, "CUDA devices"),
+    ],
+)
+def test_bad_options_are_explained(folders, options, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        task(folders, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"models": "nowhere"}, "model nowhere: nowhere is no model folder"),
+        ({"data_path": "nowhere"}, "no corpus folder nowhere"),
+        ({"split": "test"}, "no split test: it has validation"),
+    ],
+)
+def test_missing_paths_are_explained(folders, options, sentence):
+    with pytest.raises(FileNotFoundError, match=sentence):
+        task(folders, **options)
