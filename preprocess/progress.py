@@ -44,7 +44,7 @@ class TokenizeProgress:
         now = time.monotonic()
         if self.first_tokens is None:
             # What an earlier run had written does not count for the speed of this one.
-            self.first_tokens, self.started = tokens, now
+            self.first_tokens = tokens
         if now - self.shown < (REFRESH_SECONDS if self.live else LOG_SECONDS):
             return
         self.shown = now
