@@ -1,9 +1,13 @@
 """A causal model passes; models that leak, however little, are caught."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from callbacks.causality_monitor import CausalityError, CausalityMonitor, find_leak
+from kernels.gca import retrieve_chunks
+from models.drt import DRTConfig, DRTForCausalLM, modeling_drt
 
 
 def test_training_is_unchanged(assert_changes_nothing):
@@ -77,6 +81,51 @@ def test_a_model_that_hides_its_embedding_is_not_called_causal(lab):
 
     with pytest.raises(ValueError, match="nothing to monitor"):
         find_leak(Hidden(), torch.arange(16)[None], [0, 0])
+
+
+def test_a_compiled_model_is_monitored(lab):
+    class Small(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding = torch.nn.Embedding(31, 8)
+
+        def get_input_embeddings(self):
+            return self.embedding
+
+        def forward(self, input_ids, use_cache=None):
+            return SimpleNamespace(logits=self.embedding(input_ids).cumsum(1) @ self.embedding.weight.T)
+
+    model, window = Small(), torch.arange(16)[None]
+    model.compile(backend="eager")
+    with torch.inference_mode():
+        model(input_ids=window, use_cache=False)
+        # Twice: what is compiled in the first check would not see the hook of the second.
+        assert [find_leak(model, window, [0, step]) for step in range(2)] == ["", ""]
+
+
+@pytest.fixture
+def drt():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_encoder_layers": 1}
+    retrieval = {"num_lower_layers": 1, "layers_per_group": [1, 1], "chunk_size": 4, "chunk_top_k": 2}
+    ids = {"landmark_token_id": 30, "pad_token_id": 29, "bos_token_id": 28, "eos_token_id": 28}
+    config = DRTConfig(vocab_size=31, window_size=6, initializer_range=0.2, **sizes, **retrieval, **ids)
+    return DRTForCausalLM(config).eval()
+
+
+def test_retrieval_is_causal(drt):
+    window = torch.arange(28)[None]
+    assert [find_leak(drt, window, [0, step]) for step in range(12)] == [""] * 12
+
+
+def test_a_retrieval_that_sees_later_chunks_is_caught(drt, monkeypatch):
+    def all_visible(queries, landmarks, top_k, **options):
+        everything = torch.ones(1, queries.shape[1], landmarks.shape[1], dtype=torch.bool)
+        return retrieve_chunks(queries, landmarks, top_k, **(options | {"visible": everything}))
+
+    monkeypatch.setattr(modeling_drt, "retrieve_chunks", all_visible)
+    window = torch.arange(28)[None]
+    assert any("causality is broken" in find_leak(drt, window, [0, step]) for step in range(12))
 
 
 def test_every_nth_validation_and_state(fit, monkeypatch):

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from evaluation.perplexity import evaluate_perplexity, evaluation_windows
+from models.drt import DRTConfig, DRTForCausalLM
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "evaluation" / "windows.json"
 
@@ -58,6 +59,19 @@ def test_equals_brute_force(llama, stream, bos, stride, batch_size):
     assert math.fsum(result["position_nll_sum"]) == pytest.approx(result["nll_sum"], rel=1e-9)
     for start, stop, first_target, nll_sum in result["windows"]:
         assert nll_sum == pytest.approx(sum(expected[t] for t in range(first_target, stop + 1)), rel=1e-5), start
+
+
+@pytest.mark.parametrize("stride", [32, 8])
+def test_suite_models_equal_brute_force(stream, stride):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_encoder_layers": 1}
+    retrieval = {"num_lower_layers": 1, "layers_per_group": [1], "chunk_size": 5, "chunk_top_k": 2, "window_size": 7}
+    ids = {"landmark_token_id": 63, "pad_token_id": 62, "bos_token_id": 61, "eos_token_id": 61}
+    drt = DRTForCausalLM(DRTConfig(vocab_size=64, initializer_range=0.3, **sizes, **retrieval, **ids)).eval()
+    result = evaluate_perplexity(drt, stream, window=32, stride=stride, batch_size=2)
+    expected = brute_force(drt, stream.tolist(), 32, stride)
+    assert result["num_targets"] == len(expected)
+    assert result["nll_sum"] == pytest.approx(math.fsum(expected.values()), rel=1e-6)
 
 
 def test_batching_changes_no_sum(llama, stream):
