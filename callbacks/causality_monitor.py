@@ -115,7 +115,7 @@ def _embedding_gradient(model: Any, window: Tensor, position: int, draw: np.rand
         return leaves[0]
 
     # Lightning validates in inference mode; tensors made there cannot take part in a gradient, hence the copy.
-    # A compiled model does not see hooks that are added later, hence the eager stance.
+    # A compiled model would be compiled anew because of the hook, hence the eager stance.
     eager = torch.compiler.set_stance("force_eager")
     with scoring_mode(model, None), torch.inference_mode(False), torch.enable_grad(), eager:
         handle = model.get_input_embeddings().register_forward_hook(watch)

@@ -83,7 +83,7 @@ def test_a_model_that_hides_its_embedding_is_not_called_causal(lab):
         find_leak(Hidden(), torch.arange(16)[None], [0, 0])
 
 
-def test_a_compiled_model_is_monitored(lab):
+def test_a_compiled_model_is_monitored_without_compiling_again(lab):
     class Small(torch.nn.Module):
         def __init__(self):
             super().__init__()
@@ -96,11 +96,13 @@ def test_a_compiled_model_is_monitored(lab):
             return SimpleNamespace(logits=self.embedding(input_ids).cumsum(1) @ self.embedding.weight.T)
 
     model, window = Small(), torch.arange(16)[None]
-    model.compile(backend="eager")
+    graphs = []
+    model.compile(backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
     with torch.inference_mode():
         model(input_ids=window, use_cache=False)
-        # Twice: what is compiled in the first check would not see the hook of the second.
+        assert len(graphs) == 1
         assert [find_leak(model, window, [0, step]) for step in range(2)] == ["", ""]
+    assert len(graphs) == 1, "the monitor made the model compile again"
 
 
 @pytest.fixture
