@@ -1,7 +1,8 @@
 """A progress bar in optimiser steps, with loss, tokens per second and validation perplexity.
 
 Notable: Lightning's bar reads every metric after every batch, which makes the host wait for the device each time, and
-counts batches of an "epoch" that means nothing here. This one reads metrics only where they are logged.
+counts batches of an "epoch" that means nothing here. This one reads metrics only where they are logged, and fits a
+terminal of 80 columns.
 """
 
 from __future__ import annotations
@@ -10,16 +11,22 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import RichProgressBar
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 NAMES = {
     "train/loss": ("loss", "{:.3f}"),
-    "perf/tokens_per_second": ("tokens/s", "{:,.0f}"),
-    "val/perplexity": ("val ppl", "{:.2f}"),
+    "perf/tokens_per_second": ("tok/s", "{:,.0f}"),
+    "val/perplexity": ("ppl", "{:.2f}"),
 }
 
 
 class StepProgressBar(RichProgressBar):
     """Show ``step / max_steps`` and the metrics of `NAMES`, in their order, as far as they exist."""
+
+    @property
+    def validation_description(self) -> str:
+        """A short name, since the columns are as wide as the longest."""
+        return "val  "
 
     @property
     def total_train_batches(self) -> int | float:
@@ -47,5 +54,15 @@ class StepProgressBar(RichProgressBar):
         }
         return {short: form.format(float(metrics[name])) for name, (short, form) in NAMES.items() if name in metrics}
 
+    def configure_columns(self, trainer: pl.Trainer) -> list[Any]:
+        """Return name, bar, count, time passed and time left; the metrics follow."""
+        return [
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=12),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(compact=True),
+        ]
+
     def _get_train_description(self, current_epoch: int) -> str:
-        return f"{'training':{len(self.validation_description)}}"
+        return "train"

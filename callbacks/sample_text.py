@@ -71,7 +71,9 @@ class SampleText(pl.Callback):
         self._validations += 1
         if (self._validations - 1) % self.every_n_validations:
             return
-        with scoring_mode(pl_module.model, None) as device, trainer.precision_plugin.forward_context():
+        # A compiled model would be compiled anew for each length of a growing text.
+        eager = torch.compiler.set_stance("force_eager")
+        with scoring_mode(pl_module.model, None) as device, trainer.precision_plugin.forward_context(), eager:
             continuations = [self._continue(pl_module.model, i, device) for i in range(len(self.prompts))]
         if trainer.is_global_zero:
             self._write(trainer, continuations)

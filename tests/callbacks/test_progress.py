@@ -1,6 +1,7 @@
 """The progress bar counts optimiser steps and shows the metrics by short names."""
 
 import io
+import re
 
 import pytest
 
@@ -12,7 +13,8 @@ class Watched(StepProgressBar):
     """Remember the train task and the metrics at each refresh; write to memory."""
 
     def __init__(self):
-        super().__init__(console_kwargs={"file": io.StringIO(), "width": 160})
+        self.screen = io.StringIO()
+        super().__init__(console_kwargs={"file": self.screen, "width": 80, "force_terminal": True})
         self.seen, self.metric_updates = [], 0
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
@@ -47,10 +49,13 @@ def test_counts_steps_and_shows_metrics(fit, lab, accumulate):
         enable_progress_bar=True,
     )
     assert bar.seen == [((i + 1) // accumulate, 10) for i in range(10 * accumulate)]
-    assert bar.description.strip() == "training"
-    assert list(bar.shown) == ["loss", "val ppl"]
+    assert bar.description.strip() == "train"
+    assert list(bar.shown) == ["loss", "ppl"]
     assert float(bar.shown["loss"]) > 1
     assert bar.metric_updates < 10 * accumulate
+    last = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", bar.screen.getvalue()).splitlines()[-1].rstrip()
+    assert last.startswith("train")
+    assert last.endswith(f"ppl: {bar.shown['ppl']}")
 
 
 def test_training_is_unchanged(fit, lab):
