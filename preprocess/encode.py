@@ -7,6 +7,8 @@ changes nothing but the time; how many groups wait is bounded, and so is memory.
 from __future__ import annotations
 
 import multiprocessing
+import os
+import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -119,7 +121,16 @@ _worker: dict[str, Any] = {}
 
 
 def _start_worker(backend: str) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _worker["encoder"] = Encoder(backend)
+
+
+def _end_with_parent() -> None:
+    """Leave when the parent is gone: killed, it cannot tell its workers, and they would wait for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _encode_in_worker(texts: list[str]) -> list[Ids]:

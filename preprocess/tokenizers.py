@@ -42,11 +42,14 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerFast:
         return _from_file(path)
     if path.is_dir() and not (path / "tokenizer_config.json").is_file():
         return _from_file(path / "tokenizer.json")
-    if path.is_absolute() or str(name).startswith((".", "~")) or str(name).count("/") > 1:
+    looks_like_path = path.is_absolute() or str(name).startswith((".", "~")) or str(name).count("/") > 1
+    if looks_like_path and not path.exists():
         raise FileNotFoundError(f"no tokenizer at {name}: give a folder, a tokenizer.json, a hub name or bytes")
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(name))
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a damaged folder ends in any kind of error
+        if path.is_dir():
+            raise ValueError(f"{path} is not a whole tokenizer folder ({error})") from error
         raise FileNotFoundError(
             f"no tokenizer {name}: neither a folder, a tokenizer.json nor a name that the hub answers to; try bytes"
         ) from error
