@@ -16,9 +16,9 @@ def main(arguments: list[str]) -> None:
         print(help_text("train"))
         return
     config = compose(arguments, command="train")
-    check(config)
+    missing = check(config)
     if config["dry_run"]:
-        print(describe(config))
+        print(describe(config, missing))
     else:
         run(config)
 

@@ -13,8 +13,11 @@ from configuration.options import TaskOptions, TrainOptions
 from configuration.targets import build, is_target
 
 
-def check(config: dict[str, Any]) -> None:
+def check(config: dict[str, Any]) -> list[str]:
     """Check a composed recipe.
+
+    Returns:
+        With ``dry_run=true``: what this machine lacks for the run, devices and paths; else an empty list.
 
     Raises:
         ConfigError: with all problems: unknown or missing options, wrong types, sizes the model refuses,
@@ -26,11 +29,14 @@ def check(config: dict[str, Any]) -> None:
     skipped = ("model",) if train else ()
     sections = {key: value for key, value in config.items() if isinstance(value, dict) and key not in skipped}
     problems += [problem.replace("module.model.", "model.") for problem in bind_all(sections)]
+    missing: list[str] = []
     if not problems:
         problems += _model_problems(config.get("model", {}))
         problems += _train_problems(config) if train else []
-    if problems:
-        raise ConfigError(problems)
+        missing = _device_problems(config["trainer"]) + _path_problems(config) if train else []
+    if problems or (missing and not config.get("dry_run")):
+        raise ConfigError(problems + missing)
+    return missing
 
 
 def _model_problems(model: dict[str, Any]) -> list[str]:
@@ -48,20 +54,19 @@ def _model_problems(model: dict[str, Any]) -> list[str]:
 
 def _train_problems(config: dict[str, Any]) -> list[str]:
     trainer = config["trainer"]
-    problems = _device_problems(trainer)
+    problems = []
     if (trainer.get("max_steps") or 0) < 1:
         problems.append(f"trainer.max_steps must be at least 1, got {trainer.get('max_steps')}")
     every = config.get("eval_every_n_steps")
     if every is not None and every < 1:
         problems.append(f"eval_every_n_steps must be at least 1 or null, got {every}")
-    resume = config.get("resume", "auto")
-    if isinstance(resume, str) and resume != "auto" and not Path(resume).is_file():
-        problems.append(f"resume={resume} is no checkpoint file: pass auto, false or the path of a .ckpt file")
-    problems += _corpus_problems(config)
     return problems
 
 
-def _corpus_problems(config: dict[str, Any]) -> list[str]:
+def _path_problems(config: dict[str, Any]) -> list[str]:
+    resume = config.get("resume", "auto")
+    if isinstance(resume, str) and resume != "auto" and not Path(resume).is_file():
+        return [f"resume={resume} is no checkpoint file: pass auto, false or the path of a .ckpt file"]
     path, source = config["data"].get("path"), (config.get("prepare") or {}).get("source")
     if source is None and not Path(path).exists():
         return [

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from transformers.utils import logging as transformers_logging
 
 from callbacks.loss_log import read_rows
 from configuration.export import save_model_folder
@@ -23,6 +27,7 @@ def run(config: dict[str, Any]) -> None:
     """
     import models  # noqa: F401 - registers the suite's models with transformers' Auto classes
 
+    quiet()
     folder, checkpoint = open_run(config)
     data = build_data(config)
     module = build(config["module"])
@@ -34,6 +39,13 @@ def run(config: dict[str, Any]) -> None:
         print(f"{'resuming ' + str(checkpoint) if checkpoint else 'starting'} -> {folder}")
     trainer.fit(module, datamodule=data, ckpt_path=str(checkpoint) if checkpoint else None)
     finish(trainer, module, data, config=config)
+
+
+def quiet() -> None:
+    """Keep the libraries' advertisements, progress of tiny files and a deprecation of their own off the screen."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    transformers_logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
 
 
 def build_data(config: dict[str, Any]) -> pl.LightningDataModule:
@@ -111,8 +123,13 @@ def config_callback(trainer: pl.Trainer, attribute: str) -> Any:
     return next((callback for callback in trainer.callbacks if hasattr(callback, attribute)), None)
 
 
-def describe(config: dict[str, Any]) -> str:
-    """Sizes of a run, from a model built on the meta device: what ``dry_run=true`` prints."""
+def describe(config: dict[str, Any], missing: Sequence[str] = ()) -> str:
+    """Sizes of a run, from a model built on the meta device: what ``dry_run=true`` prints.
+
+    Args:
+        config: the composed recipe.
+        missing: what this machine lacks for the run, printed after the sizes.
+    """
     import models  # noqa: F401 - as above
 
     with torch.device("meta"):
@@ -135,7 +152,8 @@ def describe(config: dict[str, Any]) -> str:
         flops = model.num_flops_per_token(data["context_length"]) * tokens
         lines["work per step"] = f"{flops / 1e12:.3g} TFLOP (forward and backward)"
     width = max(map(len, lines))
-    return "\n".join(f"{key:<{width}}  {value}" for key, value in lines.items())
+    sizes = [f"{key:<{width}}  {value}" for key, value in lines.items()]
+    return "\n".join([*sizes, *(f"not ready here:  {sentence}" for sentence in missing)])
 
 
 def memory_of_states(model: torch.nn.Module, precision: str) -> int:
