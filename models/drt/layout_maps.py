@@ -69,7 +69,7 @@ def packed_layout(documents: Tensor, chunk_size: int) -> IndexedLayout:
     position_ids = torch.maximum(position_ids, scattered(num_positions, completes, text_map + 1, documents, -1))
     landmark = scattered(max_chunks, completes, chunk_after - 1, text_map + 1, -1)
     # Absent chunks belong to a document behind all others, which keeps the owners sorted.
-    owner = scattered(max_chunks, completes, chunk_after - 1, documents, length)
+    owner = scattered(max_chunks, completes, chunk_after - 1, documents, length).contiguous()
     number = torch.arange(max_chunks, device=device).expand_as(owner)
     first_chunk = torch.searchsorted(owner, owner)
     visible = torch.stack([first_chunk, number], dim=2).masked_fill((landmark < 0)[..., None], 0)
