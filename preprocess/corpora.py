@@ -24,7 +24,7 @@ def ensure_corpus(
     """Return a corpus folder for ``path``, tokenising what is not tokenised yet.
 
     Args:
-        path: a corpus folder (checked against ``tokenizer`` and ``source``), raw text (a folder or file, tokenised
+        path: a corpus folder (checked against ``tokenizer``; whatever it was made from), raw text (a folder or file, tokenised
             into ``cache``), or a folder to make from ``source``.
         source: ``python_stdlib``, raw text or ``hub:NAME``, tokenised into ``path`` where nothing is there.
         tokenizer: as in ``preprocess.tokenize``; None takes what a corpus folder holds.
@@ -34,12 +34,12 @@ def ensure_corpus(
 
     Raises:
         FileNotFoundError: nothing at ``path`` and no ``source``.
-        ValueError: the corpus has another tokenizer or was made from other text, or no tokenizer is named.
+        ValueError: the corpus has another tokenizer, or no tokenizer is named for raw text.
     """
     path, options = Path(path), ReadOptions(errors=errors)
     metas = corpus_metas(path)
     if metas:
-        _check(path, metas, tokenizer, source, options)
+        _check(path, metas, tokenizer)
         return str(path)
     if not path.exists() and source is None:
         raise FileNotFoundError(f"no corpus and no text at {path}: make it with python -m preprocess.tokenize")
@@ -54,9 +54,7 @@ def ensure_corpus(
     return str(work.output)
 
 
-def _check(
-    path: Path, metas: dict[str, dict[str, Any]], tokenizer: str | None, source: str | None, options: ReadOptions
-) -> None:
+def _check(path: Path, metas: dict[str, dict[str, Any]], tokenizer: str | None) -> None:
     made_by = work_of(metas) or {}
     held = {meta["tokenizer"] for meta in metas.values()}
     if len(held) > 1:
@@ -67,7 +65,3 @@ def _check(
             raise ValueError(
                 f"{path} was not made with the tokenizer {tokenizer}: name the one it has, or make another corpus"
             )
-    if source is not None and not source.startswith("hub:"):
-        described = open_source(source, options).describe()
-        if made_by.get("text") != described:
-            raise ValueError(f"{path} was not made from {source} as it is now: use another path or make it again")
