@@ -24,8 +24,8 @@ def ensure_corpus(
     """Return a corpus folder for ``path``, tokenising what is not tokenised yet.
 
     Args:
-        path: a corpus folder (checked against ``tokenizer``; whatever it was made from), raw text (a folder or file, tokenised
-            into ``cache``), or a folder to make from ``source``.
+        path: a corpus folder (checked against ``tokenizer``, whatever it was made from), raw text (a folder or file,
+            tokenised into ``cache``), or a folder to make from ``source``.
         source: ``python_stdlib``, raw text or ``hub:NAME``, tokenised into ``path`` where nothing is there.
         tokenizer: as in ``preprocess.tokenize``; None takes what a corpus folder holds.
         cache: where corpora made from raw text go, under a name with their identity.

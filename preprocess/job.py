@@ -105,6 +105,10 @@ def tokenize(work: Work, report: Report = lambda documents, tokens, parts: None)
             outcome = _run(work, identity, folder, report)
             workplace.clear_tools()
             move_into_place(folder, work.output, overwrite=work.overwrite)
+    except ValueError:
+        # Other text or other options are needed, and those are other work: nothing here will be taken up again.
+        shutil.rmtree(folder)
+        raise
     except OSError as error:
         if error.errno in FULL_DISK:
             raise OSError(
@@ -157,8 +161,10 @@ def _run(work: Work, identity: dict[str, Any], folder: Path, report: Report) -> 
     try:
         _encode_rest(work, canonical_backend(tokenizer), journal, report)
         if not journal.num_documents:
-            shutil.rmtree(folder)
-            raise ValueError(f"{work.source.name} holds no text: {journal.skipped} documents read, all of them empty")
+            raise ValueError(
+                f"{work.source.name} gives no text: {journal.skipped} empty documents and no other; "
+                "check --where, --split and --text-column"
+            )
         fields = {
             "tokenizer": tokenizer_identity(tokenizer),
             "eos_token_id": tokenizer.eos_token_id,

@@ -61,7 +61,7 @@ def summary(output: Path, outcome: Outcome) -> str:
     notes = ["already there, nothing to do"] if outcome.was_there else []
     notes += [f"continued after {outcome.resumed_at:,} documents"] if outcome.resumed_at else []
     notes += [f"{outcome.skipped:,} empty documents left out"] if outcome.skipped else []
-    notes += ["no validation split: the source is too small for its share"] if VALIDATION not in outcome.metas else []
+    notes += ["no validation split"] if VALIDATION not in outcome.metas else []
     lines = [f"{output}: {'; '.join(notes) or 'done'}"]
     for split, meta in outcome.metas.items():
         counts = f"{meta['num_documents']:,} documents, {meta['num_tokens']:,} tokens ({meta['dtype']})"

@@ -1,0 +1,199 @@
+"""From any data path to a corpus folder; and the corpora that have a name."""
+
+import argparse
+import json
+from types import SimpleNamespace
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from datamodules.corpus import TokenCorpus
+from preprocess import arxiv_math, pg19, python_stdlib
+from preprocess.command import run_command
+from preprocess.corpora import ensure_corpus
+from preprocess.documents import SPLITS, ReadOptions
+from preprocess.python_stdlib import StdlibSource
+from preprocess.sources import open_source
+from preprocess.tokenize import main as tokenize_command
+
+
+@pytest.fixture
+def raw(tmp_path):
+    folder = tmp_path / "raw"
+    folder.mkdir()
+    for name in ("train.txt", "valid.txt"):
+        (folder / name).write_text(f"the text of {name}")
+    return folder
+
+
+def test_a_corpus_folder_is_returned_after_its_checks(raw, tmp_path):
+    path = tmp_path / "corpus"
+    assert ensure_corpus(path, source=str(raw), tokenizer="bytes") == str(path)
+    assert ensure_corpus(path) == ensure_corpus(str(path), tokenizer="bytes", source=str(raw)) == str(path)
+    with pytest.raises(ValueError, match="not made with the tokenizer bpe:270"):
+        ensure_corpus(path, tokenizer="bpe:270")
+    (raw / "train.txt").write_text("another text")
+    assert ensure_corpus(path, source=str(raw)) == str(path)  # the source only makes what is not there
+
+
+def test_a_trained_tokenizer_is_known_by_its_name_and_by_its_folder(raw, tmp_path):
+    path = tmp_path / "corpus"
+    ensure_corpus(path, source=str(raw), tokenizer="bpe:262")
+    assert ensure_corpus(path, tokenizer="bpe:262") == ensure_corpus(path, tokenizer=str(path / "tokenizer"))
+    with pytest.raises(ValueError, match="not made with the tokenizer bytes"):
+        ensure_corpus(path, tokenizer="bytes")
+
+
+def test_raw_text_goes_into_the_cache_once(raw, tmp_path):
+    cache = tmp_path / "cache"
+    path = ensure_corpus(raw, tokenizer="bytes", cache=cache)
+    assert path.startswith(f"{cache}/raw-") and TokenCorpus(f"{path}/validation").num_documents == 1
+    assert ensure_corpus(raw, tokenizer="bytes", cache=cache) == path
+    (raw / "train.txt").write_text("another text")
+    assert ensure_corpus(raw, tokenizer="bytes", cache=cache) != path
+    assert ensure_corpus(raw / "train.txt", tokenizer="bytes", cache=cache).startswith(f"{cache}/train-")
+
+
+def test_what_cannot_be_made_is_refused(raw, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no corpus and no text at"):
+        ensure_corpus(tmp_path / "nothing")
+    with pytest.raises(ValueError, match="name a tokenizer"):
+        ensure_corpus(raw)
+    with pytest.raises(ValueError, match="not UTF-8"):
+        (raw / "train.txt").write_bytes(b"\xff")
+        ensure_corpus(raw, tokenizer="bytes", cache=tmp_path)
+    assert ensure_corpus(raw, tokenizer="bytes", cache=tmp_path, errors="replace")
+
+
+def library(root):
+    files = {
+        "abc.py": "a = 1\n",
+        "test/test_abc.py": "no",
+        "json/tests/x.py": "no",
+        "site-packages/x.py": "no",
+        "encodings/cp1.py": "decoding_table = ''",
+        "encodings/utf_8.py": "import codecs\n",
+        "_sysconfigdata_x.py": "no",
+        "old.py": "# -*- coding: latin-1 -*-\nname = '\xe9'\n",
+        "notes.txt": "no",
+    }
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(text.encode("latin-1"))
+    return root
+
+
+def test_the_library_is_read_without_tests_and_tables(tmp_path):
+    source = StdlibSource(ReadOptions(validation_fraction=0.3), library(tmp_path))
+    documents = list(source.documents())
+    names = [source.names[document.part] for document in documents]
+    assert names[:3] == ["abc.py", "encodings/utf_8.py", "old.py"]
+    assert all(name.startswith("topics:") for name in names[3:]) and len(names) == source.num_parts
+    assert documents[2].text.endswith("'\xe9'\n")
+    assert list(source.documents(2, 0)) == documents[2:] and list(source.documents(2, 1)) == documents[3:]
+
+
+def test_the_split_of_a_file_does_not_depend_on_the_other_files(tmp_path):
+    def splits(root):
+        source = StdlibSource(ReadOptions(validation_fraction=0.3), root)
+        return {source.names[document.part]: document.split for document in source.documents()}
+
+    before = splits(library(tmp_path))
+    (tmp_path / "aaa.py").write_text("new = True\n")
+    after = splits(tmp_path)
+    assert len(after) == len(before) + 1 and before.items() <= after.items()
+
+
+def test_the_library_of_this_python_has_enough_text_of_both_splits():
+    source = open_source(python_stdlib.NAME)
+    sizes = {"train": 0, "validation": 0}
+    for document in source.documents():
+        sizes[document.split] += document.num_bytes
+    assert sizes["train"] > 4_000_000 and sizes["validation"] > 100_000
+    assert source.describe() == open_source(python_stdlib.NAME).describe()
+
+
+def test_a_python_without_sources_is_said(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no Python sources in"):
+        StdlibSource(ReadOptions(), tmp_path)
+
+
+class Rows(list):
+    """Stands for a streamed split."""
+
+    def skip(self, number):
+        return Rows(self[number:])
+
+
+@pytest.fixture
+def fake_hub(monkeypatch):
+    asked = []
+
+    def load_dataset(*arguments, **options):
+        asked.append((arguments, options))
+        if arguments[0] == "text":
+            lines = [json.dumps({"text": f"t{i}", "meta": {"config": "arxiv" if i % 2 else "books"}}) for i in range(9)]
+            return {split: Rows({"text": line} for line in lines) for split in options["data_files"]}
+        return {name: Rows({"text": f"{name} {i}"} for i in range(40)) for name in ("test", "train")}
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda api, name: SimpleNamespace(sha="abc"))
+    return asked
+
+
+def test_hub_rows_are_streamed_at_a_pinned_revision(fake_hub):
+    source = open_source("hub:someone/books:english", ReadOptions(validation_fraction=0.2))
+    assert fake_hub == [(("someone/books", "english"), {"streaming": True, "revision": "abc"})]
+    found = list(source.documents())
+    assert [document.text for document in found] == [f"{name} {i}" for name in ("train", "test") for i in range(40)]
+    assert {document.split for document in found[:40]} == {"train", "validation"}
+    assert {document.split for document in found[40:]} == {"test"}
+    assert list(source.documents(0, 39)) == found[39:] and list(source.documents(1, 2)) == found[42:]
+    assert source.describe()["revision"] == "abc" and source.name == "books"
+    only = open_source("hub:someone/books", ReadOptions(splits=("test",)))
+    assert [document.text for document in only.documents()] == [f"test {i}" for i in range(40)]
+
+
+def test_an_unreachable_hub_is_one_sentence(monkeypatch, tmp_path, capsys):
+    def unreachable(api, name):
+        raise OSError("no route\nmany more lines")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", unreachable)
+    arguments = ["hub:someone/books", "--tokenizer", "bytes", "--output", str(tmp_path / "out")]
+    assert run_command(tokenize_command, arguments) == 2
+    assert capsys.readouterr().err == (
+        "error: the hub has no data set someone/books for us (no route): check name and network\n"
+    )
+
+
+def test_arxiv_math_from_the_hub_keeps_arxiv_documents(fake_hub, tmp_path):
+    assert run_command(arxiv_math.main, ["--output", str(tmp_path / "out"), "--tokenizer", "bytes"]) == 0
+    (arguments, options) = fake_hub[0]
+    assert arguments == ("text",) and options["data_files"]["train"].endswith("proof-pile@abc/train/*.jsonl.gz")
+    assert TokenCorpus(tmp_path / "out/train").document(1).tolist() == [*b"t3", 256]
+    assert [TokenCorpus(tmp_path / "out" / split).num_documents for split in SPLITS] == [4, 4, 4]
+
+
+def test_arxiv_math_from_a_local_copy(tmp_path):
+    (tmp_path / "raw").mkdir()
+    rows = [{"text": "a", "meta": {"config": "arxiv"}}, {"text": "b", "meta": {"config": "wiki"}}]
+    for name in ("train", "dev"):
+        (tmp_path / f"raw/{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    options = argparse.Namespace(source=str(tmp_path / "raw"), limit_documents=None, text_column="text")
+    vars(options).update(errors="strict", validation_fraction=0.1, where=None, join_rows=False, suffix=[], split=[])
+    assert sorted((d.split, d.text) for d in arxiv_math.open_arxiv(options).documents()) == [
+        ("train", "a"),
+        ("validation", "a"),
+    ]
+
+
+def test_pg19_from_a_local_copy(tmp_path):
+    (tmp_path / "raw").mkdir()
+    for split in ("train", "validation", "test"):
+        columns = {"short_book_title": ["x"], "publication_date": [1900], "url": ["u"], "text": [f"a {split} book"]}
+        pq.write_table(pa.table(columns), tmp_path / f"raw/{split}-00000-of-00001.parquet")
+    arguments = ["--source", str(tmp_path / "raw"), "--output", str(tmp_path / "out"), "--tokenizer", "bytes"]
+    assert run_command(pg19.main, arguments) == 0
+    assert TokenCorpus(tmp_path / "out/test").document(0).tolist() == [*b"a test book", 256]

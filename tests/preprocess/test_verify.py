@@ -1,0 +1,67 @@
+"""Verification finds a single wrong bit and names the file."""
+
+import json
+
+import pytest
+
+from datamodules.corpus_format import canonical_json, file_sha256, identity_of
+from preprocess.command import run_command
+from preprocess.index import CorpusWriter
+from preprocess.verify import main
+
+
+@pytest.fixture
+def corpus_folder(tmp_path):
+    for split in ("train", "validation"):
+        with CorpusWriter(
+            tmp_path / split, dtype="uint16", tokenizer="t", vocab_size=300, eos_token_id=256, source=split
+        ) as writer:
+            for size in range(1, 20):
+                writer.add(list(range(size)))
+    return tmp_path
+
+
+def test_whole_stores_pass(corpus_folder, capsys):
+    assert run_command(main, [str(corpus_folder)]) == 0
+    assert capsys.readouterr().out.count("whole, 19 documents, 209 tokens") == 2
+    assert run_command(main, [str(corpus_folder / "train")]) == 0
+
+
+@pytest.mark.parametrize("name", ["tokens.bin", "documents.bin", "meta.json"])
+@pytest.mark.parametrize("place", [0.0, 0.5, 1.0])
+def test_a_flipped_bit_is_found(corpus_folder, capsys, name, place):
+    file = corpus_folder / "validation" / name
+    content = bytearray(file.read_bytes())
+    content[int(place * (len(content) - 2))] ^= 1
+    file.write_bytes(content)
+    assert run_command(main, [str(corpus_folder)]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: ") and message.count("\n") == 1 and str(file) in message
+
+
+@pytest.mark.parametrize("name", ["tokens.bin", "documents.bin"])
+def test_a_truncated_or_missing_file_is_found(corpus_folder, capsys, name):
+    file = corpus_folder / "train" / name
+    file.write_bytes(file.read_bytes()[:-2])
+    assert run_command(main, [str(corpus_folder)]) == 2
+    assert f"{file} is damaged" in capsys.readouterr().err
+    file.unlink()
+    assert run_command(main, [str(corpus_folder)]) == 2
+    assert f"{file} is damaged" in capsys.readouterr().err
+
+
+def test_offsets_that_do_not_fit_are_found_even_with_a_right_checksum(corpus_folder, capsys):
+    folder = corpus_folder / "train"
+    content = bytearray((folder / "documents.bin").read_bytes())
+    content[8] = 200
+    (folder / "documents.bin").write_bytes(content)
+    meta = json.loads((folder / "meta.json").read_text())
+    meta["sha256"]["documents.bin"] = file_sha256(folder / "documents.bin")
+    (folder / "meta.json").write_text(canonical_json(meta | {"identity": identity_of(meta)}))
+    assert run_command(main, [str(corpus_folder)]) == 2
+    assert "does not cut the tokens into documents" in capsys.readouterr().err
+
+
+def test_nothing_there_is_said(tmp_path, capsys):
+    assert run_command(main, [str(tmp_path)]) == 2
+    assert "no token corpus at" in capsys.readouterr().err
