@@ -12,6 +12,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from kernels.sliding_window import sliding_window_attention
 from models.checks import AttentionImplementation
+from models.rms_norm import RMSNorm, product_input
 from models.window_cache import WindowRing
 
 
@@ -56,19 +57,6 @@ def alibi_slopes(num_heads: int, device: torch.device) -> Tensor:
     return torch.exp2(steps * (-8.0 / num_heads))
 
 
-class RMSNorm(nn.Module):
-    """y = weight * x / sqrt(mean(x^2) + eps), computed in float32 and returned in the dtype of x."""
-
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise the last dimension of ``[..., M]``."""
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
-
-
 class SwiGLU(nn.Module):
     """W_down (silu(W_gate x) * W_up x)."""
 
@@ -80,6 +68,7 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[..., M]`` to ``[..., M]``."""
+        x = product_input(x)
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
@@ -98,6 +87,7 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, window: Window) -> Tensor:
         """Attend from ``[B, T, M]`` to itself and to the keys the ring of ``window`` holds."""
+        x = product_input(x)
         query, key, value = (
             projection(x).unflatten(-1, (-1, self.head_dim)) for projection in (self.q_proj, self.k_proj, self.v_proj)
         )

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from models.blocks import BlockShape, RMSNorm, SwiGLU
+from models.blocks import BlockShape, SwiGLU
+from models.rms_norm import RMSNorm, product_input
 
 
 def rotary_table(length: int, head_dim: int, *, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -38,6 +39,7 @@ class EncoderAttention(nn.Module):
 
     def forward(self, x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
         """Attend within each of ``[B, C, M]``."""
+        x = product_input(x)
         query = rotate(self.q_proj(x).unflatten(-1, (-1, self.head_dim)), table)
         key = rotate(self.k_proj(x).unflatten(-1, (-1, self.head_dim)), table)
         value = self.v_proj(x).unflatten(-1, (-1, self.head_dim))

@@ -15,7 +15,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
 from kernels.gca import chunk_weights, retrieve_chunks
-from models.blocks import BlockShape, DecoderBlock, RMSNorm, Window, alibi_slopes
+from models.blocks import BlockShape, DecoderBlock, Window, alibi_slopes
 from models.causal_lm import CausalLanguageModel, check_inputs, check_same_shape
 from models.drt.cache import DRTCache
 from models.drt.configuration_drt import DRTConfig
@@ -24,6 +24,7 @@ from models.drt.flops import flops_per_token
 from models.drt.layout import Layout
 from models.drt.layout_maps import plain_layout
 from models.drt.retrieval import ChunkMemory, RetrievalBlock, Retrieved
+from models.rms_norm import RMSNorm, product_input
 
 
 @dataclass
@@ -129,7 +130,7 @@ class DRTModel(nn.Module):
         if layout.num_chunks:
             chunks = layout.chunks(x, None if cache is None else cache.pending)
             encoded = self.encoder(self.encoder_pre_norm(chunks).flatten(0, 1)).unflatten(0, chunks.shape[:2])
-            text = encoded[:, :, :-1]
+            text = product_input(encoded[:, :, :-1])
             heads = (-1, self.config.head_dim)
             memory = ChunkMemory(
                 encoded[:, :, -1],

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from kernels.gca import grouped_cross_attention
-from models.blocks import BlockShape, RMSNorm, SelfAttention, SwiGLU, Window
+from models.blocks import BlockShape, SelfAttention, SwiGLU, Window
 from models.checks import GCAImplementation
 from models.drt.layout import Layout
+from models.rms_norm import RMSNorm
 
 
 class ChunkMemory(NamedTuple):

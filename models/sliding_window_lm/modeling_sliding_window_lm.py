@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
-from models.blocks import BlockShape, DecoderBlock, RMSNorm, Window, alibi_slopes
+from models.blocks import BlockShape, DecoderBlock, Window, alibi_slopes
 from models.causal_lm import CausalLanguageModel, check_inputs, check_same_shape
 from models.flops import FORWARD_AND_BACKWARD, attention_flops, block_flops, mean_window_keys
+from models.rms_norm import RMSNorm
 from models.rows import RowProgress, align, document_numbers, restore
 from models.sliding_window_lm.cache import SlidingWindowCache
 from models.sliding_window_lm.configuration_sliding_window_lm import SlidingWindowLMConfig

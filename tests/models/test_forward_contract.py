@@ -220,8 +220,8 @@ def test_autocast_decoding(model):
 def test_a_useful_chunk_gains_weight():
     # With a window of one position only the planted chunk tells the target, so training must learn to retrieve it.
     torch.manual_seed(0)
-    model = DRTForCausalLM(drt_config(chunk_top_k=6, window_size=1, layers_per_group=[1], softmax_off_by_one=False))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    model = DRTForCausalLM(drt_config(chunk_top_k=6, window_size=1, layers_per_group=[1], initializer_range=0.15))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     generator = torch.Generator().manual_seed(0)
 
     def batch():
@@ -236,7 +236,7 @@ def test_a_useful_chunk_gains_weight():
 
     before = weight()
     assert before < 0.25
-    for _ in range(60):
+    for _ in range(40):
         ids = batch()
         labels = torch.full_like(ids, -100)
         labels[:, 37] = ids[:, 37]
@@ -244,4 +244,4 @@ def test_a_useful_chunk_gains_weight():
         optimizer.zero_grad()
         model(ids, labels=labels).loss.backward()
         optimizer.step()
-    assert weight() > before + 0.2
+    assert weight() > before + 0.5
