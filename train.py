@@ -7,16 +7,19 @@ from configuration.errors import user_errors_exit_2
 
 def main(arguments: list[str]) -> None:
     """Compose, check, build, run."""
-    from configuration.check import check
     from configuration.compose import compose
     from configuration.help import help_text, wants_help
-    from configuration.training import describe, run
 
     if wants_help(arguments):
         print(help_text("train"))
         return
     config = compose(arguments, command="train")
+    # Later imports are slow; a mistyped recipe should not wait for them.
+    from configuration.check import check
+
     missing = check(config)
+    from configuration.training import describe, run
+
     if config["dry_run"]:
         print(describe(config, missing))
     else:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from configuration.check import check
 from configuration.compose import compose
 from configuration.help import help_text, wants_help
 from configuration.targets import build
@@ -22,6 +21,9 @@ def run_task(arguments: Sequence[str], *, command: str, default_recipe: str | No
         print(help_text(command))
         return None
     config = compose(arguments, command=command, default_recipe=default_recipe)
+    # Later imports are slow; a mistyped recipe should not wait for them.
+    from configuration.check import check
+
     check(config)
     import models  # noqa: F401 - registers the suite's models with transformers' Auto classes
 

@@ -11,6 +11,8 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import ProgressBar
 from transformers.utils import logging as transformers_logging
 
 from callbacks.loss_log import read_rows
@@ -38,6 +40,7 @@ def run(config: dict[str, Any]) -> None:
         copy_tokenizer(data.tokenizer_path, folder / "tokenizer")
         print(f"{'resuming ' + str(checkpoint) if checkpoint else 'starting'} -> {folder}")
     trainer.fit(module, datamodule=data, ckpt_path=str(checkpoint) if checkpoint else None)
+    save_last(trainer, folder / "checkpoints")
     finish(trainer, module, data, config=config)
 
 
@@ -64,14 +67,20 @@ def build_trainer(config: dict[str, Any]) -> pl.Trainer:
     options = dict(config["trainer"])
     micro_batches = options["accumulate_grad_batches"]
     steps = min(config["eval_every_n_steps"] or options["max_steps"], options["max_steps"])
+    callbacks = build(list(config["callbacks"].values()))
+    if options.get("enable_progress_bar") is False:
+        callbacks = [callback for callback in callbacks if not isinstance(callback, ProgressBar)]
     options |= {
         "default_root_dir": config["output"],
-        "callbacks": list(config["callbacks"].values()),
+        "callbacks": callbacks,
         "logger": list(config["logger"].values()) or False,
         "val_check_interval": steps * micro_batches,
         "check_val_every_n_epoch": None,
     }
-    return build(options)
+    try:
+        return build(options)
+    except MisconfigurationException as error:
+        raise ValueError(f"the trainer refuses these options: {error}") from None
 
 
 def check_vocabulary(config: dict[str, Any], data: Any) -> None:
@@ -94,6 +103,13 @@ def copy_tokenizer(source: Path | str | None, target: Path) -> None:
     """Keep the tokenizer beside the run, so that its model folder is complete."""
     if source is not None and Path(source).is_dir():
         shutil.copytree(source, target, dirs_exist_ok=True)
+
+
+def save_last(trainer: pl.Trainer, folder: Path) -> None:
+    """Save the final state where the checkpoint interval does not end on the last step."""
+    path = folder / f"step_{trainer.global_step}.ckpt"
+    if not trainer.fast_dev_run and trainer.checkpoint_callbacks and not path.exists():
+        trainer.save_checkpoint(path)
 
 
 def finish(trainer: pl.Trainer, module: pl.LightningModule, data: pl.LightningDataModule, *, config: dict) -> None:
