@@ -155,6 +155,7 @@ class PackedTextDataModule(pl.LightningDataModule):
         plan = self.plan
         return {
             "step": self.start_step if self.trainer is None else self.trainer.global_step,
+            "micro_batch": self._micro_batch(),
             "identity": self.train_corpus.identity,
             "seed": plan.seed,
             "accumulate_grad_batches": plan.accumulate,
@@ -166,8 +167,15 @@ class PackedTextDataModule(pl.LightningDataModule):
         """Start the next training loader at the stored step.
 
         Raises:
-            ValueError: the checkpoint was made with another corpus, seed or gradient accumulation.
+            ValueError: the checkpoint was made with another corpus, seed or gradient accumulation, or in the middle of
+            an optimiser step, whose gradient so far is lost.
         """
+        if state_dict["micro_batch"]:
+            raise ValueError(
+                f"the checkpoint was written inside optimiser step {state_dict['step']}, after micro-batch "
+                f"{state_dict['micro_batch']} of {state_dict['accumulate_grad_batches']}: "
+                "resume from one written after a step"
+            )
         mine = self.state_dict()
         for name in ("identity", "seed", "accumulate_grad_batches"):
             if state_dict[name] != mine[name]:
@@ -195,6 +203,12 @@ class PackedTextDataModule(pl.LightningDataModule):
         # Strategies that split more than the batch (tensor parallelism) know the data-parallel rank.
         ranks = getattr(self.trainer.strategy, "distributed_sampler_kwargs", {"rank": 0, "num_replicas": 1})
         return Share(ranks["rank"], ranks["num_replicas"])
+
+    def _micro_batch(self) -> int:
+        """Return how many micro-batches of the unfinished optimiser step are done."""
+        if self.trainer is None:
+            return 0
+        return int(self.trainer.fit_loop.epoch_loop.batch_progress.current.processed % self.plan.accumulate)
 
     def _validation_rows(self, length: int) -> list[Any]:
         available = len(self.validation_corpus)

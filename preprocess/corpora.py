@@ -8,6 +8,7 @@ from typing import Any, Literal
 from datamodules.corpus_format import digest
 from preprocess.documents import ReadOptions
 from preprocess.job import Work, corpus_metas, is_trained_here, tokenize, work_identity, work_of
+from preprocess.progress import TokenizeProgress
 from preprocess.sources import open_source
 from preprocess.tokenizers import load_tokenizer, tokenizer_identity
 
@@ -50,7 +51,8 @@ def ensure_corpus(
     if path.exists():
         identity = digest(work_identity(work))
         work = Work(text, tokenizer, Path(cache) / f"{text.name}-{identity[:12]}", num_workers=num_workers)
-    tokenize(work)
+    with TokenizeProgress(text.name, text.num_parts) as progress:
+        tokenize(work, progress)
     return str(work.output)
 
 

@@ -64,8 +64,7 @@ class CorpusFiles:
         self.num_tokens, self.num_documents, self.num_bytes = num_tokens, num_documents, num_bytes
         self._kind = np.dtype(TOKEN_DTYPES[dtype])
         self._end = np.array([] if append is None else [append], self._kind)
-        if vocab_size > 2 ** (8 * self._kind.itemsize):
-            raise ValueError(f"a vocabulary of {vocab_size} does not fit {dtype}: use dtype uint32")
+        check_vocabulary(vocab_size, dtype)
         self._tokens = _open_at(self.folder / TOKENS_FILE, num_tokens * self._kind.itemsize)
         self._documents = _open_at(self.folder / DOCUMENTS_FILE, (num_documents + 1) * 8 if num_documents else 0)
         if not num_documents:
@@ -153,18 +152,14 @@ class CorpusWriter:
             "append_eos": append_eos,
             "source": source,
         }
-        self._fields = {"tokenizer": tokenizer, "eos_token_id": eos_token_id, "append_eos": append_eos}
-        self._fields["source"] = source
+        self._format: dict[str, Any] = {"dtype": token_dtype(dtype), "vocab_size": vocab_size}
+        self._format["append"] = eos_token_id if append_eos else None
+        check_vocabulary(vocab_size, self._format["dtype"])
         self._folder = self.path.parent / f".{self.path.name}.{secrets.token_hex(4)}.partial"
-        self._folder.mkdir(parents=True)
-        try:
-            append = eos_token_id if append_eos else None
-            self._files = CorpusFiles(self._folder, dtype=token_dtype(dtype), vocab_size=vocab_size, append=append)
-        except BaseException:
-            shutil.rmtree(self._folder)
-            raise
 
     def __enter__(self) -> CorpusWriter:
+        self._folder.mkdir(parents=True)
+        self._files = CorpusFiles(self._folder, **self._format)
         return self
 
     def add(self, token_ids: npt.ArrayLike, num_bytes: int | None = None) -> None:
@@ -205,6 +200,12 @@ def check_ids(token_ids: npt.ArrayLike, vocab_size: int) -> npt.NDArray[np.int64
         wrong = ids.min() if ids.min() < 0 else ids.max()
         raise ValueError(f"token id {wrong} is not in the vocabulary of {vocab_size}: wrong tokenizer?")
     return ids
+
+
+def check_vocabulary(vocab_size: int, dtype: str) -> None:
+    """Raise ValueError if ids below ``vocab_size`` do not all fit ``dtype``."""
+    if vocab_size > 1 << 8 * np.dtype(TOKEN_DTYPES[dtype]).itemsize:
+        raise ValueError(f"a vocabulary of {vocab_size} does not fit {dtype}: use dtype uint32")
 
 
 def check_eos(eos_token_id: int | None, vocab_size: int, *, append_eos: bool) -> None:

@@ -63,7 +63,9 @@ def _file_names(root: Path) -> list[str]:
 
 def _is_wanted(name: str) -> bool:
     *folders, file = name.split("/")
-    return not LEFT_OUT_FOLDERS.intersection(folders) and not file.startswith(LEFT_OUT_PREFIXES)
+    platform_folder = any(folder.startswith("config-") for folder in folders)
+    unwanted = platform_folder or LEFT_OUT_FOLDERS.intersection(folders)
+    return not unwanted and not file.startswith(LEFT_OUT_PREFIXES)
 
 
 def _is_generated(path: Path) -> bool:

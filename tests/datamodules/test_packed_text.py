@@ -1,5 +1,7 @@
 """Batches: what they hold, and that neither workers, ranks nor a resumed run change them."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -87,6 +89,16 @@ def test_ranks_together_see_what_one_sees(corpus_folder):
         indices = [part[step * 2 + i]["sample_index"] for part in parts for i in range(2)]
         assert torch.equal(torch.cat(rows), whole[step]["input_ids"])
         assert torch.equal(torch.cat(indices), whole[step]["sample_index"])
+
+
+def test_the_strategy_says_which_share_is_ours(corpus_folder):
+    module = make(corpus_folder, accumulate_grad_batches=2)
+    strategy = SimpleNamespace(distributed_sampler_kwargs={"rank": 1, "num_replicas": 2})
+    module.trainer = SimpleNamespace(strategy=strategy)
+    found = [batch["sample_index"].tolist() for batch in module.train_dataloader()]
+    assert found[:3] == [[6, 7, 8], [9, 10, 11], [18, 19, 20]]
+    assert module.tokens_per_step == 2 * 2 * 3 * 32
+    assert next(iter(module.val_dataloader()[0]))["sample_index"].tolist() == [3, 4, 5]
 
 
 def test_packed_windows_carry_document_numbers(corpus_folder):

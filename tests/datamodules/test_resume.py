@@ -50,7 +50,7 @@ def corpus_folder(tmp_path_factory):
     return folder
 
 
-def fit(folder, run_folder, *, accumulate, num_workers=0, max_steps=MAX_STEPS, resume=None):
+def fit(folder, run_folder, *, accumulate, num_workers=0, max_steps=MAX_STEPS, resume=None, callbacks=()):
     data = PackedTextDataModule(
         folder,
         context_length=16,
@@ -65,7 +65,7 @@ def fit(folder, run_folder, *, accumulate, num_workers=0, max_steps=MAX_STEPS, r
         max_steps=max_steps,
         accumulate_grad_batches=accumulate,
         val_check_interval=2 * accumulate,
-        callbacks=[checkpoint],
+        callbacks=[checkpoint, *callbacks],
         accelerator="cpu",
         logger=False,
         enable_progress_bar=False,
@@ -102,3 +102,20 @@ def test_a_finished_run_can_be_prolonged(corpus_folder, tmp_path):
     longer = fit(corpus_folder, tmp_path / "on", accumulate=2, max_steps=6, resume=tmp_path / "step=4.ckpt")
     assert [window[2:] for window in longer.windows] == [window[2:] for window in whole.windows[8:]]
     assert torch.equal(longer.weight, whole.weight)
+
+
+class StopInside(pl.Callback):
+    """Write a checkpoint between the two micro-batches of a step."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        if batch_idx == 2:
+            trainer.save_checkpoint(self.path)
+
+
+def test_a_checkpoint_inside_a_step_is_not_resumed(corpus_folder, tmp_path):
+    fit(corpus_folder, tmp_path, accumulate=2, max_steps=3, callbacks=[StopInside(tmp_path / "inside.ckpt")])
+    with pytest.raises(ValueError, match="inside optimiser step 1, after micro-batch 1 of 2"):
+        fit(corpus_folder, tmp_path / "on", accumulate=2, max_steps=3, resume=tmp_path / "inside.ckpt")

@@ -72,6 +72,7 @@ def library(root):
         "abc.py": "a = 1\n",
         "test/test_abc.py": "no",
         "json/tests/x.py": "no",
+        "config-3.13-x86/python-config.py": "no",
         "site-packages/x.py": "no",
         "encodings/cp1.py": "decoding_table = ''",
         "encodings/utf_8.py": "import codecs\n",
