@@ -11,7 +11,7 @@ import secrets
 import shutil
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -33,6 +33,17 @@ from datamodules.corpus_format import (
 WRITE_BUFFER = 1 << 20
 
 
+class Counts(NamedTuple):
+    """How much of a corpus there is; ``num_bytes`` of text is None if unknown."""
+
+    num_tokens: int = 0
+    num_documents: int = 0
+    num_bytes: int | None = 0
+
+
+NOTHING = Counts()
+
+
 class CorpusFiles:
     """``tokens.bin`` and ``documents.bin`` of a corpus being written; can stop and go on at a known length.
 
@@ -41,9 +52,7 @@ class CorpusFiles:
         dtype: ``uint16`` or ``uint32``.
         vocab_size: every id must be smaller.
         append: id that ends every document, None for none.
-        num_tokens: tokens already there; what a killed process wrote after them is cut off.
-        num_documents: documents already there.
-        num_bytes: bytes of their text, None if unknown.
+        counts: what is already there; whatever a killed process wrote after it is cut off.
 
     Raises:
         ValueError: the vocabulary does not fit the dtype.
@@ -56,18 +65,18 @@ class CorpusFiles:
         dtype: str,
         vocab_size: int,
         append: int | None = None,
-        num_tokens: int = 0,
-        num_documents: int = 0,
-        num_bytes: int | None = 0,
+        counts: Counts = NOTHING,
     ):
         self.folder, self.dtype, self.vocab_size = Path(folder), dtype, vocab_size
-        self.num_tokens, self.num_documents, self.num_bytes = num_tokens, num_documents, num_bytes
+        self.num_tokens, self.num_documents, self.num_bytes = counts
         self._kind = np.dtype(TOKEN_DTYPES[dtype])
         self._end = np.array([] if append is None else [append], self._kind)
         check_vocabulary(vocab_size, dtype)
-        self._tokens = _open_at(self.folder / TOKENS_FILE, num_tokens * self._kind.itemsize)
-        self._documents = _open_at(self.folder / DOCUMENTS_FILE, (num_documents + 1) * 8 if num_documents else 0)
-        if not num_documents:
+        self._tokens = _open_at(self.folder / TOKENS_FILE, counts.num_tokens * self._kind.itemsize)
+        self._documents = _open_at(
+            self.folder / DOCUMENTS_FILE, (counts.num_documents + 1) * 8 if counts.num_documents else 0
+        )
+        if not counts.num_documents:
             self._write_offset()
 
     def add(self, token_ids: npt.ArrayLike, num_bytes: int | None = None) -> None:
@@ -78,6 +87,11 @@ class CorpusFiles:
         self.num_documents += 1
         self.num_bytes = None if num_bytes is None or self.num_bytes is None else self.num_bytes + num_bytes
         self._write_offset()
+
+    @property
+    def counts(self) -> Counts:
+        """How much has been added, and was there before."""
+        return Counts(self.num_tokens, self.num_documents, self.num_bytes)
 
     def sync(self) -> None:
         """Bring everything to the disk."""
@@ -99,8 +113,7 @@ class CorpusFiles:
         self.sync()
         self.close()
         meta: dict[str, Any] = {"format": FORMAT, "version": VERSION, "dtype": self.dtype}
-        meta |= {"num_tokens": self.num_tokens, "num_documents": self.num_documents, "num_bytes": self.num_bytes}
-        meta |= {"vocab_size": self.vocab_size, **fields}
+        meta |= {**self.counts._asdict(), "vocab_size": self.vocab_size, **fields}
         meta["sha256"] = {name: file_sha256(self.folder / name) for name in (TOKENS_FILE, DOCUMENTS_FILE)}
         meta["identity"] = identity_of(meta)
         write_text(self.folder / META_FILE, canonical_json(meta) + "\n")

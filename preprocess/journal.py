@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 from datamodules.corpus_format import canonical_json
 from preprocess.encode import Encoded
-from preprocess.index import CorpusFiles, write_text
+from preprocess.index import NOTHING, CorpusFiles, Counts, write_text
 
 JOURNAL_FILE, LOCK_FILE = "journal.json", "lock"
 
@@ -69,7 +69,7 @@ class Journal:
         state = _read(folder / JOURNAL_FILE)
         self.part, self.row = state["part"], state["row"]
         self.skipped: int = state["skipped"]
-        self.files = {split: self._open(split, **counts) for split, counts in state["splits"].items()}
+        self.files = {split: self._open(split, Counts(**counts)) for split, counts in state["splits"].items()}
 
     @property
     def num_documents(self) -> int:
@@ -95,10 +95,7 @@ class Journal:
         """Make everything added so far count, whatever happens next."""
         for files in self.files.values():
             files.sync()
-        splits = {
-            split: {name: getattr(files, name) for name in ("num_tokens", "num_documents", "num_bytes")}
-            for split, files in self.files.items()
-        }
+        splits = {split: files.counts._asdict() for split, files in self.files.items()}
         state = {"part": self.part, "row": self.row, "skipped": self.skipped, "splits": splits}
         write_text(self.folder / JOURNAL_FILE, canonical_json(state) + "\n")
 
@@ -107,10 +104,10 @@ class Journal:
         for files in self.files.values():
             files.close()
 
-    def _open(self, split: str, **counts: Any) -> CorpusFiles:
+    def _open(self, split: str, counts: Counts = NOTHING) -> CorpusFiles:
         folder = self.folder / split
         folder.mkdir(exist_ok=True)
-        return CorpusFiles(folder, **self._format, **counts)
+        return CorpusFiles(folder, **self._format, counts=counts)
 
 
 def _read(path: Path) -> dict[str, Any]:
