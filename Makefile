@@ -11,7 +11,11 @@ BIN := $(VENV)/bin
 .PHONY: quickstart test lint bench env env-dev clean
 
 quickstart: env
-	$(BIN)/python -m evaluation.quickstart
+	$(BIN)/python train.py recipe=quickstart
+	$(BIN)/python train.py recipe=quickstart_sliding_window
+	$(BIN)/python eval.py recipe=quickstart_perplexity
+	$(BIN)/python generate.py model.path=runs/quickstart_laptop/model prompt='def main(' task.max_new_tokens=80 task.temperature=0.7
+	@echo "figures: runs/quickstart_perplexity/*.png   training: .venv/bin/tensorboard --logdir runs"
 
 test: env-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses=8

@@ -33,9 +33,11 @@ def recipe_names(command: str | None = None) -> list[str]:
 
 
 def recipe_command(name: str) -> str:
-    """The command that runs a recipe (its ``command`` key, ``train`` when it has none)."""
+    """The command that runs a recipe: its ``command`` key or that of the recipe it inherits, else ``train``."""
     loaded = yaml.safe_load((RECIPES / f"{name}.yaml").read_text(encoding="utf-8"))
-    return str(loaded.get("command", "train"))
+    parents = [entry for entry in loaded.get("defaults", []) if isinstance(entry, str) and entry != "_self_"]
+    inherited = recipe_command(parents[0]) if parents else "train"
+    return str(loaded.get("command", inherited))
 
 
 def recipe_purpose(name: str) -> str:
