@@ -26,12 +26,13 @@ TILE = 2**18
 class _Plan:
     """What forward and backward share: which chunks are in use, and which of them each slot reads."""
 
-    used: tuple[Tensor, Tensor]
-    """``([U], [U])`` batch row and chunk number of each chunk in use."""
+    used: tuple[Tensor, Tensor] | None
+    """``([U], [U])`` batch row and chunk number of each chunk in use; None: all, U = B E."""
     slots: Tensor
-    """``[R, K]`` position in `used`; U (the chunk of zeros) for an empty slot."""
+    """``[R, K]`` number among those in use; U (the chunk of zeros) for an empty slot."""
     weights: Tensor
     """``[R, K]`` in the accumulation type, 0 at empty slots."""
+    num_used: int
     lengths: Tensor | None
     """``[U + 1]`` valid keys, or None if all are."""
     dtype: torch.dtype
@@ -41,24 +42,25 @@ def _plan(q: Tensor, k: Tensor, indices: Tensor, weights: Tensor, kv_lengths: Te
     num_chunks, chunk_size = k.shape[1:3]
     acc = torch.promote_types(q.dtype, torch.float32)
     empty = indices < 0
-    flat = indices.long().clamp(min=0)
-    flat = flat + torch.arange(k.shape[0], device=q.device)[:, None, None] * num_chunks
-    if kv_lengths is not None:
-        empty = empty | (kv_lengths.flatten()[flat] == 0)
-    used, slots = torch.unique(flat.masked_fill(empty, -1).flatten(0, 1), return_inverse=True)
-    if used.numel() and used[0] < 0:
-        used = used[1:]
-        slots = torch.where(slots == 0, used.numel() + 1, slots) - 1
-    lengths = None
-    if kv_lengths is not None:
-        lengths = torch.nn.functional.pad(kv_lengths.flatten()[used].long(), (0, 1), value=chunk_size)
-    place = (used // num_chunks, used % num_chunks)
-    return _Plan(place, slots, weights.to(acc).masked_fill(empty, 0.0).flatten(0, 1), lengths, acc)
+    slots = indices.long().clamp(min=0)
+    slots = slots + torch.arange(k.shape[0], device=q.device)[:, None, None] * num_chunks
+    lengths = None if kv_lengths is None else kv_lengths.flatten().long()
+    if lengths is not None:
+        empty = empty | (lengths[slots] == 0)
+    used, num_used = None, k.shape[0] * num_chunks
+    if slots.numel() < num_used // 2:  # decoding: read the chosen chunks, not the whole store
+        chosen, slots = torch.unique(slots, return_inverse=True)
+        used, num_used = (chosen // num_chunks, chosen % num_chunks), chosen.numel()
+        lengths = None if lengths is None else lengths[chosen]
+    if lengths is not None:
+        lengths = torch.nn.functional.pad(lengths, (0, 1), value=chunk_size)
+    slots = slots.masked_fill(empty, num_used).flatten(0, 1)
+    return _Plan(used, slots, weights.to(acc).masked_fill(empty, 0.0).flatten(0, 1), num_used, lengths, acc)
 
 
 def _head_blocks(plan: _Plan, k: Tensor) -> Iterator[slice]:
     """Yield blocks of kv heads whose copied chunks fill about two tiles; one head at least."""
-    per_head = (plan.used[0].numel() + 1) * k.shape[2] * k.shape[4]
+    per_head = (plan.num_used + 1) * k.shape[2] * k.shape[4]
     step = max(1, 2 * TILE // per_head)
     return (slice(start, min(start + step, k.shape[3])) for start in range(0, k.shape[3], step))
 
@@ -73,9 +75,12 @@ def _tiles(plan: _Plan, q: Tensor, k: Tensor, heads: slice) -> Iterator[slice]:
 
 def _copy_chunks(x: Tensor, plan: _Plan, heads: slice) -> Tensor:
     """Copy the chunks in use, ``[B, E, C, Hk, D]`` to ``[h, U + 1, C D]``; dead keys and the last chunk are 0."""
-    source = x[:, :, :, heads][plan.used].permute(2, 0, 1, 3)  # [h, U, C, D]
-    chunks = source.new_zeros(source.shape[0], source.shape[1] + 1, *source.shape[2:], dtype=plan.dtype)
-    chunks[:, :-1] = source
+    heads_of_x = x[:, :, :, heads]
+    chosen = heads_of_x if plan.used is None else heads_of_x[plan.used][None]  # [B, E, C, h, D] or [1, U, C, h, D]
+    shape = (chosen.shape[3], plan.num_used + 1, x.shape[2], x.shape[4])
+    chunks = torch.empty(shape, dtype=plan.dtype, device=x.device)
+    chunks[:, -1] = 0.0
+    chunks[:, :-1].unflatten(1, chosen.shape[:2]).copy_(chosen.permute(3, 0, 1, 2, 4))
     if plan.lengths is not None:
         dead = torch.arange(x.shape[2], device=x.device) >= plan.lengths[:, None]
         chunks.masked_fill_(dead[..., None], 0.0)
@@ -116,9 +121,47 @@ def _add_chunks(total: Tensor, part: Tensor, slots: Tensor) -> None:
 
 def _write_chunks(x: Tensor, chunks: Tensor, plan: _Plan, heads: slice) -> None:
     """Undo `_copy_chunks` into ``x``."""
-    view = x[:, :, :, heads]
-    source = chunks[:, :-1].unflatten(2, (x.shape[2], x.shape[4])).permute(1, 2, 0, 3)
-    view[plan.used] = source.to(x.dtype)
+    part = x[:, :, :, heads]
+    source = chunks[:, :-1].unflatten(2, (x.shape[2], x.shape[4])).permute(1, 2, 0, 3)  # [U, C, h, D]
+    if plan.used is None:
+        part.copy_(source.unflatten(0, x.shape[:2]))
+    else:
+        part[plan.used] = source.to(x.dtype)
+
+
+def _attend(
+    query: Tensor, all_keys: Tensor, all_values: Tensor, plan: _Plan, tile: slice, *, softmax_off_by_one: bool
+) -> tuple[Tensor, Tensor]:
+    """Attend one tile: scaled queries ``[h n, S G, D]`` to outputs alike and the log-sum-exp ``[h, n, S G, K]``."""
+    index, shape = plan.slots[tile].flatten(), (query.shape[0], -1, query.shape[2])
+    p = _scores(query, all_keys.index_select(1, index).view(shape), plan, plan.slots[tile])
+    peak = p.amax(-1, keepdim=True)
+    if softmax_off_by_one:
+        peak.clamp_(min=0.0)
+    total = p.sub_(peak).exp2_().sum(-1, keepdim=True)
+    if softmax_off_by_one:
+        total.add_(torch.exp2(-peak))
+    p.mul_(plan.weights[tile][:, None, :, None] / total)  # w folds into P: one product sums over all slots
+    out = torch.bmm(p.flatten(3).flatten(0, 1), all_values.index_select(1, index).view(shape))
+    return out, total.log2_().add_(peak).squeeze(-1)
+
+
+def _attend_backward(
+    query: Tensor, upstream: Tensor, lse: Tensor, chunks: tuple[Tensor, ...], plan: _Plan, tile: slice
+) -> tuple[Tensor, Tensor]:
+    """Differentiate one tile: returns ``dA K`` and ``dw``, adds ``dA' Q`` and ``dV`` to the sums in ``chunks``."""
+    all_keys, all_values, sum_k, sum_v = chunks
+    slots, w, shape = plan.slots[tile], plan.weights[tile][:, None, :, None], (query.shape[0], -1, query.shape[2])
+    keys = all_keys.index_select(1, slots.flatten()).view(shape)
+    p = _scores(query, keys, plan, slots).sub_(lse.unsqueeze(-1)).exp2_()
+    values = all_values.index_select(1, slots.flatten()).view(shape)
+    grad_a = torch.bmm(upstream, values.transpose(1, 2)).view(p.shape).mul_(p)
+    delta = grad_a.sum(-1, keepdim=True)
+    grad_a.addcmul_(p, delta, value=-1.0).mul_(w)
+    grad_a, p = (x.flatten(3).flatten(0, 1) for x in (grad_a, p.mul_(w)))
+    _add_chunks(sum_k, torch.bmm(grad_a.transpose(1, 2), query), slots)
+    _add_chunks(sum_v, torch.bmm(p.transpose(1, 2), upstream), slots)
+    return torch.bmm(grad_a, keys), delta.sum((0, 2, 4))
 
 
 @torch.library.custom_op("longhaul::gca_cpu", mutates_args=())
@@ -134,27 +177,18 @@ def gca_cpu(
 ) -> tuple[Tensor, Tensor]:
     """Compute the output and the base 2 log-sum-exp of every slot, ``[Hk, R, S G, K]``."""
     plan = _plan(q, k, indices, weights, kv_lengths)
-    num_kv_heads, top_k = k.shape[3], plan.slots.shape[1]
-    rows = q.shape[2] * q.shape[3] // num_kv_heads
+    num_kv_heads, (num_rows, top_k) = k.shape[3], plan.slots.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty(num_kv_heads, plan.slots.shape[0], rows, top_k, dtype=plan.dtype, device=q.device)
+    shape = (num_kv_heads, num_rows, q.shape[2] * q.shape[3] // num_kv_heads, top_k)
+    lse = torch.empty(shape, dtype=plan.dtype, device=q.device)
     for heads in _head_blocks(plan, k):
         all_keys, all_values = _copy_chunks(k, plan, heads), _copy_chunks(v, plan, heads)
         for tile in _tiles(plan, q, k, heads):
-            slots = plan.slots[tile]
             query = _read_rows(q, tile, heads, num_kv_heads, plan.dtype) * (scale * LOG2E)
-            shape = (query.shape[0], -1, q.shape[-1])
-            p = _scores(query, all_keys.index_select(1, slots.flatten()).view(shape), plan, slots)
-            peak = p.amax(-1, keepdim=True)
-            if softmax_off_by_one:
-                peak.clamp_(min=0.0)
-            total = p.sub_(peak).exp2_().sum(-1, keepdim=True)
-            if softmax_off_by_one:
-                total.add_(torch.exp2(-peak))
-            p.mul_(plan.weights[tile][:, None, :, None] / total)  # w folds into P: one product sums over all slots
-            lse[heads, tile] = total.log2_().add_(peak).squeeze(-1)
-            values = all_values.index_select(1, slots.flatten()).view(shape)
-            _write_rows(out, torch.bmm(p.flatten(3).flatten(0, 1), values), tile, heads, num_kv_heads)
+            rows, lse[heads, tile] = _attend(
+                query, all_keys, all_values, plan, tile, softmax_off_by_one=softmax_off_by_one
+            )
+            _write_rows(out, rows, tile, heads, num_kv_heads)
     return out, lse
 
 
@@ -181,26 +215,17 @@ def gca_cpu_backward(
     grad_k, grad_v = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
     grad_weights = torch.zeros_like(plan.weights)
     for heads in _head_blocks(plan, k):
-        all_keys, all_values = _copy_chunks(k, plan, heads), _copy_chunks(v, plan, heads)
-        sum_k, sum_v = torch.zeros_like(all_keys), torch.zeros_like(all_values)
+        copies = _copy_chunks(k, plan, heads), _copy_chunks(v, plan, heads)
+        chunks = (*copies, torch.zeros_like(copies[0]), torch.zeros_like(copies[1]))
         for tile in _tiles(plan, q, k, heads):
-            slots, w = plan.slots[tile], plan.weights[tile][:, None, :, None]
             query = _read_rows(q, tile, heads, num_kv_heads, plan.dtype) * (scale * LOG2E)
             upstream = _read_rows(grad_out, tile, heads, num_kv_heads, plan.dtype)
-            shape = (query.shape[0], -1, q.shape[-1])
-            keys = all_keys.index_select(1, slots.flatten()).view(shape)
-            p = _scores(query, keys, plan, slots).sub_(lse[heads, tile].unsqueeze(-1)).exp2_()
-            values = all_values.index_select(1, slots.flatten()).view(shape)
-            grad_a = torch.bmm(upstream, values.transpose(1, 2)).view(p.shape).mul_(p)
-            delta = grad_a.sum(-1, keepdim=True)
-            grad_weights[tile] += delta.sum((0, 2, 4))
-            grad_a.addcmul_(p, delta, value=-1.0).mul_(w)
-            grad_a, p = (x.flatten(3).flatten(0, 1) for x in (grad_a, p.mul_(w)))
-            _write_rows(grad_q, torch.bmm(grad_a, keys).mul_(scale), tile, heads, num_kv_heads)
-            _add_chunks(sum_k, torch.bmm(grad_a.transpose(1, 2), query), slots)
-            _add_chunks(sum_v, torch.bmm(p.transpose(1, 2), upstream), slots)
-        _write_chunks(grad_k, sum_k.mul_(1.0 / LOG2E), plan, heads)  # the copied queries carry log2(e)
-        _write_chunks(grad_v, sum_v, plan, heads)
+            rows, part = _attend_backward(query, upstream, lse[heads, tile], chunks, plan, tile)
+            _write_rows(grad_q, rows.mul_(scale), tile, heads, num_kv_heads)
+            grad_weights[tile] += part
+        _write_chunks(grad_k, chunks[2].mul_(1.0 / LOG2E), plan, heads)  # the scaled queries carry log2(e)
+        _write_chunks(grad_v, chunks[3], plan, heads)
+        del copies, chunks  # before the next block allocates its own
     return grad_q, grad_k, grad_v, grad_weights.view(weights.shape).to(weights.dtype)
 
 

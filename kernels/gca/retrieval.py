@@ -1,7 +1,7 @@
 """Causal retrieval: the best earlier chunks of each query, and the weights that fuse them.
 
 Notable: nothing of size N x E is kept. Scores are formed in row blocks without gradient; of each block only the columns
-that some row may see. Groups of 64 columns whose maximum is not among the best K cannot hold a winner, so the exact
+that some row may see. Groups of 32 columns whose maximum is not among the best K cannot hold a winner, so the exact
 selection runs over K groups. The selected scores alone carry gradients.
 
 Legend: B batch, N queries, E stored chunks, M model width, K retrieved chunks.
@@ -18,7 +18,7 @@ Visible: TypeAlias = Literal["causal"] | Tensor
 Noise: TypeAlias = Literal["gumbel"] | Tensor | None
 
 BLOCK = 2**20
-COLUMNS = 64
+COLUMNS = 32
 
 
 def retrieve_chunks(
@@ -100,12 +100,10 @@ def _select(
         stop = max(0, num_chunks - num_rows + rows.stop - 1) if isinstance(visible, str) else num_chunks
         if stop == 0:
             continue
-        block = torch.bmm(q[:, rows], keys[:, :stop].transpose(1, 2)).mul_(width**-0.5)
+        stop = min(num_chunks, stop + -stop % COLUMNS)
+        block = torch.bmm(q[:, rows] * width**-0.5, keys[:, :stop].transpose(1, 2))
         noisy = _add_noise(block, noise, rows, generator)
-        hidden = _hidden(visible, rows, num_chunks - num_rows, stop, q.device)
-        noisy = (
-            noisy.masked_fill_(hidden, float("-inf")) if noisy is not block else noisy.masked_fill(hidden, -torch.inf)
-        )
+        noisy.masked_fill_(_hidden(visible, rows, num_chunks - num_rows, stop, q.device), float("-inf"))
         best, where = _top(noisy, min(top_k, stop))
         filled = best > float("-inf")
         found = slice(0, best.shape[-1])
@@ -144,8 +142,9 @@ def _top(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     num_columns = scores.shape[-1]
     if num_columns <= 2 * COLUMNS * top_k:
         return _exact_top(scores, top_k)
-    padded = torch.nn.functional.pad(scores, (0, -num_columns % COLUMNS), value=float("-inf"))
-    groups = padded.unflatten(-1, (-1, COLUMNS))
+    if num_columns % COLUMNS:
+        scores = torch.nn.functional.pad(scores, (0, -num_columns % COLUMNS), value=float("-inf"))
+    groups = scores.unflatten(-1, (-1, COLUMNS))
     chosen = _exact_top(groups.amax(-1), top_k)[1].sort(-1).values  # ascending, so that columns stay in order
     candidates = groups.gather(2, chosen.unsqueeze(-1).expand(*chosen.shape, COLUMNS)).flatten(2)
     values, place = _exact_top(candidates, top_k)

@@ -1,0 +1,1 @@
+"""Benchmarks: cases registered once, timed after their correctness check, kept as CSV rows."""
