@@ -62,7 +62,7 @@ class TokenCorpus:
             )
         corpus = cls.__new__(cls)
         corpus.path, corpus._tokens_path, corpus._tokens = file, file, None
-        corpus.meta, corpus._offsets = _scan_raw(file, kind, dtype, eos_token_id)
+        corpus.meta, corpus._offsets = _scan_raw(file, kind, dtype=dtype, eos_token_id=eos_token_id)
         return corpus
 
     def __getstate__(self) -> dict[str, Any]:
@@ -172,7 +172,7 @@ def _open_map(path: Path, dtype: str) -> npt.NDArray[Any]:
 
 
 def _scan_raw(
-    file: Path, kind: np.dtype[Any], dtype: str, eos_token_id: int
+    file: Path, kind: np.dtype[Any], *, dtype: str, eos_token_id: int
 ) -> tuple[dict[str, Any], npt.NDArray[np.uint64]]:
     tokens, sha256, largest, ends = _open_map(file, kind.str), hashlib.sha256(), -1, [np.zeros(1, np.uint64)]
     for start in range(0, len(tokens), RAW_BLOCK):

@@ -40,7 +40,7 @@ def ensure_corpus(
     path, options = Path(path), ReadOptions(errors=errors)
     metas = corpus_metas(path)
     if metas:
-        _check(path, metas, tokenizer)
+        _check(path, metas, tokenizer=tokenizer)
         return str(path)
     if not path.exists() and source is None:
         raise FileNotFoundError(f"no corpus and no text at {path}: make it with python -m preprocess.tokenize")
@@ -56,7 +56,7 @@ def ensure_corpus(
     return str(work.output)
 
 
-def _check(path: Path, metas: dict[str, dict[str, Any]], tokenizer: str | None) -> None:
+def _check(path: Path, metas: dict[str, dict[str, Any]], *, tokenizer: str | None) -> None:
     made_by = work_of(metas) or {}
     held = {meta["tokenizer"] for meta in metas.values()}
     if len(held) > 1:

@@ -59,7 +59,7 @@ class Encoder:
         return [np.array(encoding.ids, np.uint32) for encoding in encodings]
 
 
-def encode_in_order(documents: Iterable[Document], backend: str, num_workers: int) -> Iterator[Encoded]:
+def encode_in_order(documents: Iterable[Document], backend: str, *, num_workers: int) -> Iterator[Encoded]:
     """Encode documents, keeping their order.
 
     Args:
@@ -79,14 +79,14 @@ def encode_in_order(documents: Iterable[Document], backend: str, num_workers: in
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(num_workers, mp_context=context, initializer=_start_worker, initargs=(backend,))
     try:
-        yield from _encode_in_pool(pool, groups, num_workers * GROUPS_WAITING_PER_WORKER)
+        yield from _encode_in_pool(pool, groups, waiting=num_workers * GROUPS_WAITING_PER_WORKER)
     except BrokenProcessPool as error:
         raise RuntimeError("an encoding process died, mostly for lack of memory: use fewer --workers") from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _encode_in_pool(pool: ProcessPoolExecutor, groups: Iterator[list[Document]], waiting: int) -> Iterator[Encoded]:
+def _encode_in_pool(pool: ProcessPoolExecutor, groups: Iterator[list[Document]], *, waiting: int) -> Iterator[Encoded]:
     sent: deque[tuple[list[Document], Future[list[Ids]]]] = deque()
     for group in groups:
         future = pool.submit(_encode_in_worker, [document.text for document in group])

@@ -66,10 +66,10 @@ class HubSource:
 
     def _text(self, record: dict[str, Any], place: str) -> str | None:
         if self.json_lines:
-            record = parse_line(record["text"].encode(), place, self.options.errors)
+            record = parse_line(record["text"].encode(), place, errors=self.options.errors)
         if self.options.where is not None and not matches(record, self.options.where):
             return None
-        return text_of(record, place, self.options)
+        return text_of(record, place, options=self.options)
 
     def _is_asked_for(self, split: str) -> bool:
         from_training = split == TRAIN and VALIDATION in self.options.splits

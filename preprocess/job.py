@@ -102,7 +102,7 @@ def tokenize(work: Work, report: Report = lambda documents, tokens, parts: None)
     folder = work_folder(work, identity)
     try:
         with Workplace(folder) as workplace:
-            outcome = _run(work, identity, folder, report)
+            outcome = _run(work, identity, folder=folder, report=report)
             workplace.clear_tools()
             move_into_place(folder, work.output, overwrite=work.overwrite)
     except ValueError:
@@ -151,7 +151,7 @@ def work_of(metas: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
     return works[0] if works and all(work == works[0] for work in works) else None
 
 
-def _run(work: Work, identity: dict[str, Any], folder: Path, report: Report) -> Outcome:
+def _run(work: Work, identity: dict[str, Any], *, folder: Path, report: Report) -> Outcome:
     tokenizer = _tokenizer_in(folder / TOKENIZER_FOLDER, work)
     check_eos(tokenizer.eos_token_id, len(tokenizer), append_eos=work.append_eos)
     dtype = work.dtype or ("uint16" if len(tokenizer) <= 1 << 16 else "uint32")
@@ -159,7 +159,7 @@ def _run(work: Work, identity: dict[str, Any], folder: Path, report: Report) -> 
     journal = Journal(folder, dtype=dtype, vocab_size=len(tokenizer), append=append)
     resumed_at = journal.num_documents
     try:
-        _encode_rest(work, canonical_backend(tokenizer), journal, report)
+        _encode_rest(work, journal, backend=canonical_backend(tokenizer), report=report)
         if not journal.num_documents:
             raise ValueError(
                 f"{work.source.name} gives no text: {journal.skipped} empty documents and no other; "
@@ -179,10 +179,10 @@ def _run(work: Work, identity: dict[str, Any], folder: Path, report: Report) -> 
     return Outcome(was_there=False, metas=metas, skipped=journal.skipped, resumed_at=resumed_at)
 
 
-def _encode_rest(work: Work, backend: str, journal: Journal, report: Report) -> None:
+def _encode_rest(work: Work, journal: Journal, *, backend: str, report: Report) -> None:
     documents = work.source.documents(journal.part, journal.row)
     uncommitted = 0
-    for document in encode_in_order(documents, backend, work.num_workers):
+    for document in encode_in_order(documents, backend, num_workers=work.num_workers):
         journal.add(document)
         uncommitted += document.num_bytes
         report(journal.num_documents, journal.num_tokens, journal.part)

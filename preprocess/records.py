@@ -28,7 +28,7 @@ def suffix_of(path: Path) -> str | None:
     return max((suffix for suffix in KNOWN_SUFFIXES if name.endswith(suffix)), key=len, default=None)
 
 
-def read_rows(path: Path, options: ReadOptions, row: int = 0) -> Iterator[tuple[int, str]]:
+def read_rows(path: Path, options: ReadOptions, *, row: int = 0) -> Iterator[tuple[int, str]]:
     """Yield (row, text) of a file from a row on; rows that ``options.where`` excludes are left out.
 
     Raises:
@@ -37,17 +37,17 @@ def read_rows(path: Path, options: ReadOptions, row: int = 0) -> Iterator[tuple[
     suffix = suffix_of(path)
     try:
         if suffix in TEXT_SUFFIXES or suffix is None:
-            rows = _read_text(path, options, row)
+            rows = _read_text(path, options, row=row)
         elif suffix == PARQUET_SUFFIX:
-            rows = _read_parquet(path, options, row)
+            rows = _read_parquet(path, options, row=row)
         else:
-            rows = _read_lines(path, options, row)
+            rows = _read_lines(path, options, row=row)
         yield from rows
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
 
 
-def decode(content: bytes, place: str, errors: str, offset: int = 0) -> str:
+def decode(content: bytes, place: str, *, errors: str, offset: int = 0) -> str:
     """Decode UTF-8.
 
     Raises:
@@ -62,7 +62,7 @@ def decode(content: bytes, place: str, errors: str, offset: int = 0) -> str:
         ) from error
 
 
-def text_of(record: dict[str, Any], place: str, options: ReadOptions) -> str:
+def text_of(record: dict[str, Any], place: str, *, options: ReadOptions) -> str:
     """Take the text out of a row; null counts as empty.
 
     Raises:
@@ -74,7 +74,7 @@ def text_of(record: dict[str, Any], place: str, options: ReadOptions) -> str:
     if text is None:
         return ""
     if isinstance(text, bytes):
-        return decode(text, place, options.errors)
+        return decode(text, place, errors=options.errors)
     if not isinstance(text, str):
         raise ValueError(f"{place}: column {options.text_column} holds {type(text).__name__}, not text")
     try:
@@ -86,29 +86,29 @@ def text_of(record: dict[str, Any], place: str, options: ReadOptions) -> str:
     return text
 
 
-def _read_text(path: Path, options: ReadOptions, row: int) -> Iterator[tuple[int, str]]:
+def _read_text(path: Path, options: ReadOptions, *, row: int) -> Iterator[tuple[int, str]]:
     if row == 0:
-        yield 0, decode(path.read_bytes(), str(path), options.errors)
+        yield 0, decode(path.read_bytes(), str(path), errors=options.errors)
 
 
-def _read_lines(path: Path, options: ReadOptions, row: int) -> Iterator[tuple[int, str]]:
+def _read_lines(path: Path, options: ReadOptions, *, row: int) -> Iterator[tuple[int, str]]:
     offset = 0
     with _open_lines(path) as file:
         for number, line in enumerate(file):
             if number >= row and line.strip():
-                record = parse_line(line, f"{path} line {number + 1}", options.errors, offset)
+                record = parse_line(line, f"{path} line {number + 1}", errors=options.errors, offset=offset)
                 if options.where is None or matches(record, options.where):
-                    yield number, text_of(record, f"{path} line {number + 1}", options)
+                    yield number, text_of(record, f"{path} line {number + 1}", options=options)
             offset += len(line)
 
 
-def parse_line(line: bytes, place: str, errors: str, offset: int = 0) -> dict[str, Any]:
+def parse_line(line: bytes, place: str, *, errors: str, offset: int = 0) -> dict[str, Any]:
     """Parse a line of JSON.
 
     Raises:
         ValueError: not UTF-8, or not a JSON object.
     """
-    text = decode(line, place, errors, offset)
+    text = decode(line, place, errors=errors, offset=offset)
     try:
         record = json.loads(text)
     except ValueError as error:
@@ -154,25 +154,25 @@ def _open_zstd(path: Path) -> BinaryIO:
     return io.BufferedReader(Stream(open(path, "rb")), 1 << 20)
 
 
-def _read_parquet(path: Path, options: ReadOptions, row: int) -> Iterator[tuple[int, str]]:
+def _read_parquet(path: Path, options: ReadOptions, *, row: int) -> Iterator[tuple[int, str]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         file = pq.ParquetFile(path)
-        columns = _parquet_columns(path, file.schema_arrow.names, options)
+        columns = _parquet_columns(path, file.schema_arrow.names, options=options)
         groups, number = _groups_from(file, row)
         for batch in file.iter_batches(PARQUET_BATCH_ROWS, row_groups=groups, columns=columns):
             for record in _with_bytes(batch, options.text_column).to_pylist():
                 wanted = options.where is None or matches(record, options.where)
                 if number >= row and wanted:
-                    yield number, text_of(record, f"{path} row {number}", options)
+                    yield number, text_of(record, f"{path} row {number}", options=options)
                 number += 1
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
         raise ValueError(f"{path} is not a whole parquet file ({str(error).splitlines()[0]})") from error
 
 
-def _parquet_columns(path: Path, names: list[str], options: ReadOptions) -> list[str]:
+def _parquet_columns(path: Path, names: list[str], *, options: ReadOptions) -> list[str]:
     wanted = [options.text_column]
     if options.where is not None:
         wanted.append(options.where.split("=")[0].split(".")[0])

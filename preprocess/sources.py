@@ -89,7 +89,7 @@ class FileSource:
 
     def _documents_of(self, number: int, first_row: int) -> Iterator[Document]:
         part = self.parts[number]
-        rows = read_rows(part.path, self.options, first_row)
+        rows = read_rows(part.path, self.options, row=first_row)
         for row, text in _joined(rows) if self.options.join_rows else rows:
             split = part.split
             if split is None:
@@ -115,14 +115,14 @@ def _parts(path: Path, options: ReadOptions) -> list[Part]:
         return _with_splits([(path, path.name)], options)
     hidden_free = (file for file in path.rglob("*") if not any(p.startswith(".") for p in file.relative_to(path).parts))
     files = [(file, file.relative_to(path).as_posix()) for file in hidden_free if file.is_file()]
-    chosen = _of_one_kind(path, sorted(files, key=lambda entry: entry[1]), options.suffixes)
+    chosen = _of_one_kind(path, sorted(files, key=lambda entry: entry[1]), suffixes=options.suffixes)
     if not chosen:
         wanted = options.suffixes or KNOWN_SUFFIXES
         raise ValueError(f"{path} holds no file to read: looked for {', '.join(wanted)}")
     return _with_splits(chosen, options)
 
 
-def _of_one_kind(path: Path, files: list[tuple[Path, str]], suffixes: tuple[str, ...]) -> list[tuple[Path, str]]:
+def _of_one_kind(path: Path, files: list[tuple[Path, str]], *, suffixes: tuple[str, ...]) -> list[tuple[Path, str]]:
     """Keep the files asked for; else the data files, whose readme and licence are not text to train on; else text."""
     if suffixes:
         return [entry for entry in files if entry[1].lower().endswith(tuple(suffix.lower() for suffix in suffixes))]

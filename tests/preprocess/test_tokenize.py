@@ -100,7 +100,7 @@ def test_a_killed_run_goes_on_and_gives_the_same_bytes(source_folder, tmp_path, 
 def test_the_same_work_is_not_done_twice(source_folder, tmp_path, monkeypatch):
     tokenize(make(source_folder, tmp_path / "out"))
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
-    monkeypatch.setattr(job, "encode_in_order", lambda *arguments: pytest.fail("encoded again"))
+    monkeypatch.setattr(job, "encode_in_order", lambda *arguments, **options: pytest.fail("encoded again"))
     outcome = tokenize(make(source_folder, tmp_path / "out"))
     assert outcome.was_there and set(outcome.metas) == {"train", "validation"}
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
