@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -83,10 +84,16 @@ class LossLog(pl.Callback):
         rows, self.rows = self.rows, []
         if not rows or not trainer.is_global_zero:
             return
-        plain = [{k: v.item() if isinstance(v, torch.Tensor) else v for k, v in row.items()} for row in rows]
+        plain = [{name: _plain(value) for name, value in row.items()} for row in rows]
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in plain)
+
+
+def _plain(value: Any) -> Any:
+    """A JSON value; what is not finite becomes null, since JSON has no NaN."""
+    number = value.item() if isinstance(value, torch.Tensor) else value
+    return None if isinstance(number, float) and not math.isfinite(number) else number
 
 
 def read_rows(path: str | Path) -> list[dict[str, Any]]:
