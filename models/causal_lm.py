@@ -59,6 +59,8 @@ class CausalLanguageModel(PreTrainedModel, GenerationMixin):
         """Decide whether a forward call keeps a cache; None means: in evaluation mode without labels."""
         if use_cache is None:
             use_cache = past_key_values is not None or (not self.training and labels is None and self.config.use_cache)
+        if past_key_values is not None and not use_cache:
+            raise ValueError("use_cache=False contradicts past_key_values, leave one of them out")
         checkpointing = self.training and any(getattr(part, "gradient_checkpointing", False) for part in self.modules())
         if checkpointing and past_key_values is not None:
             raise ValueError("past_key_values cannot be used in training mode with gradient checkpointing")

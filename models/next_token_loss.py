@@ -35,8 +35,7 @@ def next_token_loss(logits: Tensor, targets: Tensor, num_items: Tensor | int | N
 
     loss = sum of -log softmax(logits)[target] / number of counted targets (or ``num_items``); 0 without targets.
     """
-    with torch.autocast(logits.device.type, enabled=False):
-        total = SummedCrossEntropy.apply(logits.flatten(0, 1), targets.flatten())
+    total = SummedCrossEntropy.apply(logits.flatten(0, 1), targets.flatten())
     count = (targets != IGNORED).sum().clamp_min(1) if num_items is None else num_items
     return total / (count.to(total.device) if isinstance(count, Tensor) else count)
 

@@ -30,9 +30,9 @@ class Block:
 
     def own(self) -> Tensor:
         """Return data in the order of the batch, for writing."""
-        if self.rows != list(range(self.data.shape[0])):
-            self.data = self.data[self.rows]
-            self.rows = list(range(self.data.shape[0]))
+        identity = list(range(len(self.rows)))
+        if self.rows != identity or len(identity) != len(self.data):
+            self.data, self.rows = self.data[self.rows], identity
         return self.data
 
 
@@ -99,9 +99,10 @@ class ChunkStore:
             if right.data.shape[1] < left.data.shape[1] or total > limit:
                 return
             self._wait_written()
-            merged = self._empty((left.data.shape[0], total, *left.data.shape[2:]), left.data)
-            torch.cat([left.own(), right.own()], dim=1, out=merged)
-            self.blocks[-2:] = [Block(merged, list(range(merged.shape[0])))]
+            parts = [left.own(), right.own()]
+            merged = self._empty((len(left.rows), total, *left.data.shape[2:]), left.data)
+            torch.cat(parts, dim=1, out=merged)
+            self.blocks[-2:] = [Block(merged, left.rows)]
 
     def fetch(self, indices: Tensor) -> Fetched:
         """Read the chunks ``[B, R, K]`` int32 (-1 = none) that any slot asks for, each once per row."""

@@ -136,9 +136,9 @@ def test_rows_of_a_cache_can_be_chosen(drt, window_lm):
         expected = model(rows[:, :36], attention_mask=mask[:, :36], use_cache=False).logits[:, 20:]
         torch.testing.assert_close(decoded, expected, atol=1e-4, rtol=0)
         cache.batch_repeat_interleave(2)
-        more = model(rows[:, 36:38].repeat_interleave(2, 0), past_key_values=cache).logits
-        expected = model(rows[:, :38], attention_mask=mask[:, :38], use_cache=False).logits[:, 36:]
-        torch.testing.assert_close(more, expected.repeat_interleave(2, 0), atol=1e-4, rtol=0)
+        more = [model(rows[:, t : t + 1].repeat_interleave(2, 0), past_key_values=cache).logits for t in range(36, 47)]
+        expected = model(rows, attention_mask=mask, use_cache=False).logits[:, 36:]
+        torch.testing.assert_close(torch.cat(more, 1), expected.repeat_interleave(2, 0), atol=1e-4, rtol=0)
 
 
 @torch.no_grad()
@@ -244,6 +244,8 @@ def test_misuse_of_a_cache_is_refused(drt, window_lm):
         drt(ids, attention_mask=mask, past_key_values=cache)
     with pytest.raises(ValueError, match="holds 2 sequences"):
         drt(ids[:1], past_key_values=cache)
+    with pytest.raises(ValueError, match="use_cache=False contradicts"):
+        drt(ids, use_cache=False, past_key_values=cache)
     with pytest.raises(ValueError, match="document_ids"):
         drt(ids, document_ids=ids, past_key_values=cache)
     with pytest.raises(ValueError, match="cropped"):
