@@ -65,7 +65,7 @@ def summary(output: Path, outcome: Outcome) -> str:
     lines = [f"{output}: {'; '.join(notes) or 'done'}"]
     for split, meta in outcome.metas.items():
         counts = f"{meta['num_documents']:,} documents, {meta['num_tokens']:,} tokens ({meta['dtype']})"
-        lines.append(f"  {split}: {counts}, identity {meta['identity'][:12]}")
+        lines.append(f"  {split}: {counts}, vocabulary {meta['vocab_size']:,}, identity {meta['identity'][:12]}")
     return "\n".join(lines)
 
 

@@ -10,6 +10,8 @@ import numpy as np
 from datamodules.corpus import TokenCorpus
 from datamodules.corpus_format import DOCUMENTS_FILE, META_FILE, OFFSET_DTYPE, file_sha256
 from preprocess.command import run_command
+from preprocess.job import TOKENIZER_FOLDER
+from preprocess.tokenizers import load_tokenizer, tokenizer_identity
 
 
 def verify_corpus(path: str | Path) -> TokenCorpus:
@@ -43,16 +45,29 @@ def stores_in(path: Path) -> list[Path]:
     return stores
 
 
+def verify_tokenizer(folder: Path, corpus: TokenCorpus) -> None:
+    """Check that a tokenizer folder holds the tokenizer a corpus was made with.
+
+    Raises:
+        ValueError: damaged, or another one.
+    """
+    if tokenizer_identity(load_tokenizer(folder)) != corpus.meta["tokenizer"]:
+        raise ValueError(f"{folder} is damaged or was replaced: {corpus.path} was made with another tokenizer")
+
+
 def main(arguments: list[str]) -> None:
     """Verify every split of a corpus folder."""
     parser = argparse.ArgumentParser(
         prog="python -m preprocess.verify",
-        description="Check length and checksums of every split of a corpus folder.",
+        description="Check length and checksums of every split of a corpus folder, and its tokenizer.",
         epilog="example: python -m preprocess.verify data/books",
     )
     parser.add_argument("path", type=Path, help="corpus folder, or one split of it")
-    for store in stores_in(parser.parse_args(arguments).path):
+    path = parser.parse_args(arguments).path
+    for store in stores_in(path):
         corpus = verify_corpus(store)
+        if (path / TOKENIZER_FOLDER).is_dir():
+            verify_tokenizer(path / TOKENIZER_FOLDER, corpus)
         print(f"{store}: whole, {corpus.num_documents:,} documents, {corpus.num_tokens:,} tokens")
 
 

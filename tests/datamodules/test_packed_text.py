@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DistributedSampler
 
 from datamodules.loading import Share, TrainingBatches, TrainingPlan, ValidationBatches
 from datamodules.packed_text import PackedTextDataModule, TokenCorpus, window_start
@@ -98,6 +99,8 @@ def test_the_strategy_says_which_share_is_ours(corpus_folder):
     found = [batch["sample_index"].tolist() for batch in module.train_dataloader()]
     assert found[:3] == [[6, 7, 8], [9, 10, 11], [18, 19, 20]]
     assert module.tokens_per_step == 2 * 2 * 3 * 32
+    # Lightning replaces any other sampler in a distributed run.
+    assert isinstance(module.train_dataloader().sampler, DistributedSampler)
     assert next(iter(module.val_dataloader()[0]))["sample_index"].tolist() == [3, 4, 5]
 
 
@@ -211,6 +214,14 @@ def test_resuming_with_other_data_is_refused(corpus_folder, tmp_path):
 def test_impossible_options_are_refused(corpus_folder, options, message):
     with pytest.raises(ValueError, match=message):
         make(corpus_folder, **options)
+
+
+def test_validation_alone_needs_no_training_split(corpus_folder, tmp_path):
+    write_split(tmp_path / "test", 20, 1)
+    module = PackedTextDataModule(tmp_path, context_length=32, batch_size=2, max_steps=1, validation_split="test")
+    module.setup("validate")
+    alone = as_lists(module.val_dataloader()[0])
+    assert alone == as_lists(make(corpus_folder, batch_size=2).val_dataloader()[0])
 
 
 def test_missing_splits_are_named(corpus_folder, tmp_path):

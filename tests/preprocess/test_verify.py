@@ -6,6 +6,7 @@ import pytest
 
 from datamodules.corpus_format import canonical_json, file_sha256, identity_of
 from preprocess.command import run_command
+from preprocess.corpora import ensure_corpus
 from preprocess.index import CorpusWriter
 from preprocess.verify import main
 
@@ -48,6 +49,17 @@ def test_a_truncated_or_missing_file_is_found(corpus_folder, capsys, name):
     file.unlink()
     assert run_command(main, [str(corpus_folder)]) == 2
     assert f"{file} is damaged" in capsys.readouterr().err
+
+
+def test_another_tokenizer_in_the_folder_is_found(tmp_path, capsys):
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw/train.txt").write_text("words")
+    ensure_corpus(tmp_path / "corpus", source=str(tmp_path / "raw"), tokenizer="bytes")
+    assert run_command(main, [str(tmp_path / "corpus")]) == 0
+    file = tmp_path / "corpus/tokenizer/tokenizer.json"
+    file.write_text(file.read_text().replace('"Z": 90', '"Z": 91').replace('"[": 91', '"[": 90'))
+    assert run_command(main, [str(tmp_path / "corpus")]) == 2
+    assert f"{file.parent} is damaged or was replaced" in capsys.readouterr().err
 
 
 def test_offsets_that_do_not_fit_are_found_even_with_a_right_checksum(corpus_folder, capsys):
