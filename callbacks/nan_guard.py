@@ -52,6 +52,7 @@ class NaNGuard(pl.Callback):
         bad = ~torch.isfinite(torch.stack([loss for loss, _ in seen]))
         if float(trainer.strategy.reduce(bad.any().float(), reduce_op="sum")) == 0:
             return
+        _rewind(trainer, len(seen) - 1)
         path = Path(self.output or trainer.default_root_dir) / f"nan_step_{trainer.global_step}.ckpt"
         trainer.save_checkpoint(path)
         found = [entry for entry, is_bad in zip(seen, bad.tolist(), strict=True) if is_bad]
@@ -59,6 +60,13 @@ class NaNGuard(pl.Callback):
             f"the loss is not finite in step {trainer.global_step + 1}{_describe(found)}; the state before this step "
             f"is saved in {path}; try a lower learning rate or look at these samples"
         )
+
+
+def _rewind(trainer: pl.Trainer, num_batches: int) -> None:
+    """Count the earlier micro-batches of this step as not taken: their gradients are not part of the saved state."""
+    current = trainer.fit_loop.epoch_loop.batch_progress.current
+    current.completed -= num_batches
+    current.ready = current.started = current.processed = current.completed
 
 
 def _describe(found: list[tuple[Tensor, Tensor | None]]) -> str:
