@@ -4,6 +4,7 @@ Legend: B batch, N query groups, S rows of a group, H heads, Hk kv heads, D head
 chunk, K retrieved chunks.
 """
 
+from importlib.util import find_spec
 from typing import Literal
 
 import torch
@@ -16,7 +17,7 @@ from kernels.gca.retrieval import chunk_weights, retrieve_chunks
 __all__ = ["chunk_weights", "grouped_cross_attention", "retrieve_chunks"]
 
 Implementation = Literal["auto", "triton", "reference", "cpu"]
-IMPLEMENTATIONS = ("auto", "reference", "cpu")
+IMPLEMENTATIONS = ("auto", "triton", "reference", "cpu")
 
 
 def grouped_cross_attention(
@@ -48,7 +49,8 @@ def grouped_cross_attention(
         kv_lengths: ``[B, E]`` int32, valid keys of each chunk; None = all.
         scale: factor of the scores; None = ``D ** -0.5``.
         softmax_off_by_one: add 1 to each softmax's denominator.
-        implementation: "reference" (dense, differentiable twice), "cpu" (tiled PyTorch, any device) or "auto".
+        implementation: "triton" (fused; CUDA tensors, or CPU tensors in Triton's interpreter), "reference" (dense,
+            differentiable twice), "cpu" (tiled PyTorch, any device) or "auto" (triton for CUDA tensors, else cpu).
 
     Returns:
         ``[B, N, S, H, D]`` in the dtype of ``q``.
@@ -77,7 +79,16 @@ def grouped_cross_attention(
             return grouped_cross_attention_reference(
                 q, k, v, indices, weights, kv_lengths=kv_lengths, scale=scale, softmax_off_by_one=softmax_off_by_one
             )
+        if implementation == "triton" or (implementation == "auto" and _triton_serves(q)):
+            from kernels.gca.triton import check_device, gca_triton  # triton is optional and slow to import
+
+            check_device(q)
+            return gca_triton(q, k, v, indices, weights, kv_lengths, scale, softmax_off_by_one)[0]
         return gca_cpu(q, k, v, indices, weights, kv_lengths, scale, softmax_off_by_one)[0]
+
+
+def _triton_serves(q: Tensor) -> bool:
+    return q.is_cuda and q.dtype != torch.float64 and q.shape[-1] <= 256 and find_spec("triton") is not None
 
 
 def _fold_heads(
