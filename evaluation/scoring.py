@@ -162,12 +162,16 @@ def score_windows(
 
 @contextlib.contextmanager
 def scoring_mode(model: Any, dtype: torch.dtype | None) -> Iterator[torch.device]:
-    """Put a model in eval mode without gradients, under autocast where asked; yield its device, put the mode back."""
+    """Put a model in eval mode without gradients, under autocast where asked; yield its device, put the mode back.
+
+    Without a dtype the caller's autocast, if any, stays in force.
+    """
     device = next(model.parameters()).device
+    precision = contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        with torch.no_grad(), torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+        with torch.no_grad(), precision:
             yield device
     finally:
         for module, mode in modes:

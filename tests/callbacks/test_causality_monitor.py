@@ -141,6 +141,19 @@ def test_every_nth_validation_and_state(fit, monkeypatch):
     assert other.state_dict() == {"validations": 5}
 
 
+def test_the_check_runs_in_the_precision_of_training(fit, lab):
+    dtypes = []
+
+    class Watching(CausalityMonitor):
+        def on_validation_epoch_end(self, trainer, pl_module):
+            hook = pl_module.model.lm_head.register_forward_hook(lambda *args: dtypes.append(args[-1].dtype))
+            super().on_validation_epoch_end(trainer, pl_module)
+            hook.remove()
+
+    fit(Watching(), precision="bf16-mixed", max_steps=5)
+    assert dtypes == [torch.bfloat16]
+
+
 def test_bad_options_are_explained():
     with pytest.raises(ValueError, match="at least"):
         CausalityMonitor(max_tokens=1)
