@@ -20,11 +20,13 @@ from models.drt.retrieval import ChunkMemory, Retrieved
 from models.rows import RowProgress, Spans, take
 from models.window_cache import WindowRing
 
+Layouts = GridLayout | IndexedLayout
+
 
 class _Call:
     """What a cache notes about the forward call in progress."""
 
-    def __init__(self, layout: GridLayout | IndexedLayout, spans: Spans, past: list[int], chunk_size: int) -> None:
+    def __init__(self, layout: Layouts, spans: Spans, past: list[int], chunk_size: int) -> None:
         self.layout = layout
         self.spans = spans
         self.past = past
@@ -96,23 +98,25 @@ class DRTCache(Cache):
 
     # What a forward call does, in this order.
 
-    def begin(self, input_ids: Tensor, attention_mask: Tensor | None) -> GridLayout | IndexedLayout:
+    def begin(self, input_ids: Tensor, attention_mask: Tensor | None) -> Layouts:
         """Lay out a call that continues this cache and prepare the window."""
         spans = self.progress.spans(input_ids.shape, attention_mask)
         past = self.progress.lengths or [0] * input_ids.shape[0]
         size = self.config.chunk_size
-        call = _Call(grid_layout(input_ids, spans, size), spans, past, size)
+        # A grid would spend a whole chunk on a short first call.
         if any(past) or input_ids.shape[1] < size:
-            call.layout = segment_layout(input_ids, past, spans, chunk_size=size)
+            layout: Layouts = segment_layout(input_ids, past, spans, chunk_size=size)
+        else:
+            layout = grid_layout(input_ids, spans, size)
+        call = _Call(layout, spans, past, size)
         seen = [count + count // size for count in past]
         new = [count + count // size - before for count, before in zip(call.after, seen, strict=True)]
-        width = call.layout.num_positions
-        real = self.ring.begin(seen, new, width=width, device=input_ids.device)
-        if isinstance(call.layout, IndexedLayout):
-            call.layout.document_ids = real
+        real = self.ring.begin(seen, new, width=layout.num_positions, device=input_ids.device)
+        if isinstance(layout, IndexedLayout):
+            layout.document_ids = real
         self.progress.advance(spans, input_ids.shape[1])
         self._call = call
-        return call.layout
+        return layout
 
     def document_numbers(self, input_ids: Tensor) -> Tensor | None:
         """Return 0 at valid tokens of the call, -1 at padding ``[B, T]``; None if there is no padding."""

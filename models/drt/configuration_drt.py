@@ -109,9 +109,7 @@ class DRTConfig(PreTrainedConfig):
         **kwargs: Any,
     ) -> None:
         """Set all fields and check them."""
-        self.vocab_size = vocab_size
-        self.hidden_size = hidden_size
-        self.intermediate_size = intermediate_size
+        self.vocab_size, self.hidden_size, self.intermediate_size = vocab_size, hidden_size, intermediate_size
         self.num_attention_heads = num_attention_heads
         self.num_key_value_heads = num_attention_heads if num_key_value_heads is None else num_key_value_heads
         self.chunk_num_key_value_heads = (
@@ -120,9 +118,7 @@ class DRTConfig(PreTrainedConfig):
         self.num_lower_layers = num_lower_layers
         self.layers_per_group = list(layers_per_group)
         self.num_encoder_layers = num_encoder_layers
-        self.chunk_size = chunk_size
-        self.chunk_top_k = chunk_top_k
-        self.window_size = window_size
+        self.chunk_size, self.chunk_top_k, self.window_size = chunk_size, chunk_top_k, window_size
         self.softmax_off_by_one = softmax_off_by_one
         self.retrieval_noise = retrieval_noise
         self.rms_norm_eps, self.query_norm_eps = rms_norm_eps, query_norm_eps

@@ -222,31 +222,20 @@ class DRTForCausalLM(CausalLanguageModel):
             ValueError: If an argument does not fit the others or cannot be supported.
         """
         input_ids = check_inputs(input_ids, kwargs)
-        if document_ids is not None and (past_key_values is not None or output_retrieval):
-            raise ValueError(
-                "document_ids cannot be combined with past_key_values or output_retrieval; drop one of them"
-            )
         check_same_shape("document_ids", document_ids, input_ids)
-        cache = None
-        if document_ids is None and self.caches(use_cache, labels, past_key_values):
-            cache = self._cache(past_key_values)
-        if cache is None:
-            layout, documents = plain_layout(input_ids, attention_mask, document_ids, chunk_size=self.config.chunk_size)
-        else:
-            layout = cache.begin(input_ids, attention_mask)
-            documents = cache.document_numbers(input_ids)
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
+        if document_ids is not None and (past_key_values is not None or output_retrieval):
+            raise ValueError("document_ids cannot be combined with past_key_values or output_retrieval, drop one")
+        keeps_cache = document_ids is None and self.caches(use_cache, labels, past_key_values)
+        cache = self._cache(past_key_values) if keeps_cache else None
+        layout, documents = self._layout(input_ids, attention_mask, document_ids, cache=cache)
         call = Call(layout, cache, retrieval_generator)
-        call.hidden_states = [] if output_hidden_states else None
-        call.retrieval = [] if output_retrieval else None
+        if self.config.output_hidden_states if output_hidden_states is None else output_hidden_states:
+            call.hidden_states = []
+        if output_retrieval:
+            call.retrieval = []
         hidden = self.model(input_ids, call)
         logits, loss = self.score(
-            hidden,
-            labels,
-            documents=documents,
-            logits_to_keep=logits_to_keep,
-            num_items=num_items_in_batch,
+            hidden, labels, documents=documents, logits_to_keep=logits_to_keep, num_items=num_items_in_batch
         )
         return DRTOutput(
             loss=loss,
@@ -255,6 +244,14 @@ class DRTForCausalLM(CausalLanguageModel):
             hidden_states=None if call.hidden_states is None else tuple(call.hidden_states),
             retrieval=None if call.retrieval is None else self._retrieval(call, input_ids),
         )
+
+    def _layout(
+        self, input_ids: Tensor, attention_mask: Tensor | None, document_ids: Tensor | None, *, cache: DRTCache | None
+    ) -> tuple[Layout, Tensor | None]:
+        """Return where everything lies, and the document of every token (None = one document without padding)."""
+        if cache is None:
+            return plain_layout(input_ids, attention_mask, document_ids, chunk_size=self.config.chunk_size)
+        return cache.begin(input_ids, attention_mask), cache.document_numbers(input_ids)
 
     def _cache(self, past_key_values: Any) -> DRTCache:
         if past_key_values is None:

@@ -42,13 +42,13 @@ def _decode(model, cache, ids, pieces, mask):
     return torch.cat(outputs, dim=1)
 
 
-def _check(model, cache, pieces, mask):
+def _check(model, cache, pieces, mask, tolerance=1e-4):
     ids = token_ids(3, LENGTH)
     with torch.no_grad():
         expected = model(ids, attention_mask=mask, use_cache=False).logits
     decoded = _decode(model, cache, ids, pieces, mask)
     valid = slice(None) if mask is None else mask.bool()
-    torch.testing.assert_close(decoded[valid], expected[valid], atol=1e-4, rtol=0)
+    torch.testing.assert_close(decoded[valid], expected[valid], atol=tolerance, rtol=0)
     assert cache.get_seq_length() == LENGTH
 
 
@@ -69,6 +69,15 @@ def test_drt_pieces_at_extreme_sizes(sizes):
     model = small_drt(**sizes)
     for mask in (None, LEFT):
         _check(model, DRTCache(model.config), [1, 1, 1, 9, 1, 1, 14, 1, 18], mask)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_pieces_are_exact_in_float64(mask):
+    # Rounding hides nothing here: a wrong position or chunk would show at once.
+    for model, cache_class in ((small_drt(), DRTCache), (small_window_lm(), SlidingWindowCache)):
+        model.double()
+        for pieces in ([1] * LENGTH, [3, 4, 17, 1, 1, 5, 6, 10]):
+            _check(model, cache_class(model.config), pieces, MASKS[mask], tolerance=1e-11)
 
 
 @pytest.mark.parametrize("mask", ["none", "left"])
@@ -156,6 +165,8 @@ def test_greedy_generation_equals_repeated_forwards(drt, window_lm):
         assert torch.equal(model.generate(prompt, **options, use_cache=False), ids)
         assert torch.equal(model.generate(prompt, **options, past_key_values=cache), ids)
         assert cache.get_seq_length() == ids.shape[1] - 1
+        pieces = type(cache)(model.config)
+        assert torch.equal(model.generate(prompt, **options, past_key_values=pieces, prefill_chunk_size=7), ids)
         longer = model.generate(ids, **{**options, "max_new_tokens": 3}, past_key_values=cache)
         assert torch.equal(longer, model.generate(prompt, **{**options, "max_new_tokens": 23}))
 
