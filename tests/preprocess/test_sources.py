@@ -145,7 +145,7 @@ def test_where_keeps_matching_rows_also_inside_json_text(tmp_path):
 def test_identity_is_that_of_content_and_options_not_of_the_place(tmp_path):
     first, second = (open_source(write(tmp_path / folder / "x.jsonl").parent).describe() for folder in ("a", "deep/b"))
     assert first == second
-    changed = write(tmp_path / "c/x.jsonl", [*TEXTS, "more"]).parent
+    changed = write(tmp_path / "c/x.jsonl", ["forst\n", *TEXTS[1:]]).parent
     assert open_source(changed).describe() != first
     assert open_source(tmp_path / "a", ReadOptions(validation_fraction=0.1)).describe() != first
 
