@@ -18,7 +18,7 @@ from datamodules.corpus_format import META_FILE, digest, read_meta, token_dtype
 from preprocess.documents import SPLITS, TRAIN, Source
 from preprocess.encode import encode_in_order
 from preprocess.index import check_eos, is_taken, move_into_place
-from preprocess.journal import Journal, Workplace
+from preprocess.journal import Journal, WorkFolder
 from preprocess.tokenizers import canonical_backend, load_tokenizer, save_tokenizer, tokenizer_identity
 from preprocess.train_bpe import train_bpe
 
@@ -101,9 +101,9 @@ def tokenize(work: Work, report: Report = lambda documents, tokens, parts: None)
         raise FileExistsError(f"{work.output} exists and is no corpus: choose another --output or remove it")
     folder = work_folder(work, identity)
     try:
-        with Workplace(folder) as workplace:
+        with WorkFolder(folder) as held:
             outcome = _run(work, identity, folder=folder, report=report)
-            workplace.clear_tools()
+            held.clear_tools()
             move_into_place(folder, work.output, overwrite=work.overwrite)
     except ValueError:
         # Other text or other options are needed, and those are other work: nothing here will be taken up again.

@@ -19,7 +19,7 @@ from preprocess.index import NOTHING, CorpusFiles, Counts, write_text
 JOURNAL_FILE, LOCK_FILE = "journal.json", "lock"
 
 
-class Workplace:
+class WorkFolder:
     """Folder of one piece of work, held by one process at a time.
 
     Args:
@@ -39,7 +39,7 @@ class Workplace:
             self._lock.close()
             raise RuntimeError(f"another process is making {folder}: wait for it, then run this again") from error
 
-    def __enter__(self) -> Workplace:
+    def __enter__(self) -> WorkFolder:
         return self
 
     def __exit__(

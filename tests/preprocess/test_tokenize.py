@@ -12,7 +12,7 @@ from preprocess import encode, job
 from preprocess.command import run_command
 from preprocess.documents import ReadOptions
 from preprocess.job import Work, tokenize
-from preprocess.journal import Workplace
+from preprocess.journal import WorkFolder
 from preprocess.sources import open_source
 from preprocess.tokenize import main
 from preprocess.tokenizers import byte_tokenizer, load_tokenizer, tokenizer_identity
@@ -138,7 +138,7 @@ def test_a_full_disk_keeps_what_is_done(source_folder, tmp_path, monkeypatch):
 def test_one_process_at_a_time(source_folder, tmp_path):
     work = make(source_folder, tmp_path / "out")
     with (
-        Workplace(job.work_folder(work, job.work_identity(work))),
+        WorkFolder(job.work_folder(work, job.work_identity(work))),
         pytest.raises(RuntimeError, match="another process"),
     ):
         tokenize(work)
