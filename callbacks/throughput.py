@@ -129,11 +129,15 @@ class Throughput(pl.Callback):
             "perf/tflops_per_second": tflops,
             "perf/peak_memory_gib": _peak_memory_gib(pl_module.device),
         }
-        peak = peak_tflops(torch.cuda.get_device_name(pl_module.device)) if pl_module.device.type == "cuda" else None
+        peak = _device_peak(pl_module.device)
         if peak is not None:
             self.last["perf/mfu"] = tflops / peak
         for name, value in self.last.items():
             pl_module.log(name, value, prog_bar=name == "perf/tokens_per_second")
+
+
+def _device_peak(device: torch.device) -> float | None:
+    return peak_tflops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
 
 def _wait_for(device: torch.device) -> None:

@@ -72,7 +72,7 @@ def evaluate_perplexity(
         batch_size: windows per forward.
         max_windows: stop after so many windows.
         parity: ``"published"`` adds ``published_mean_loss``, the mean over non-overlapping windows of the windows'
-            mean losses, the first token of each window unscored.
+            mean losses, the first token of each window unscored; a shorter last window counts as much as the others.
         max_tokens: score only the first so many tokens of the stream.
         dtype: autocast dtype; None computes in the model's own.
         progress: show a progress bar on the error stream.

@@ -66,6 +66,14 @@ def test_ranks_share_the_work(fit, lab, clock, monkeypatch):
     assert callback.last["perf/tokens_per_second"] == pytest.approx(3 * 2 * 16)
 
 
+def test_mfu_is_the_share_of_the_peak_of_a_known_device(fit, monkeypatch):
+    monkeypatch.setattr(throughput, "_device_peak", lambda device: 0.5)
+    callback = Throughput()
+    trainer, _ = fit(callback)
+    assert callback.last["perf/mfu"] == pytest.approx(callback.last["perf/tflops_per_second"] / 0.5)
+    assert float(trainer.callback_metrics["perf/mfu"]) == pytest.approx(callback.last["perf/mfu"])
+
+
 def test_model_knows_its_flops_better():
     class Model(torch.nn.Linear):
         def num_flops_per_token(self, context_length):

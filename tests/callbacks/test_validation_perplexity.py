@@ -83,6 +83,14 @@ def test_ranks_are_added_before_the_exponential(fit, monkeypatch):
     assert result["perplexity"] == pytest.approx(math.exp(result["nll_sum"] / result["num_targets"]))
 
 
+def test_validation_alone_without_a_datamodule(make_trainer, lab):
+    callback, module, data = ValidationPerplexity(), lab["Module"](lab["tiny_llama"]()), lab["Data"]()
+    (metrics, _) = make_trainer(callback).validate(module, dataloaders=data.val_dataloader(), verbose=False)
+    assert sorted(callback.last_result["lengths"]) == ["16", "8"]
+    assert callback.last_result["lengths"]["16"]["bits_per_byte"] is None
+    assert metrics["val/loss"] == pytest.approx(callback.last_result["lengths"]["16"]["loss"])
+
+
 def test_other_validation_outputs_are_refused(fit, lab):
     class Silent(lab["Module"]):
         def validation_step(self, batch, batch_idx, dataloader_idx=0):
