@@ -7,7 +7,6 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers.optimization import get_scheduler
 
 Decay = Literal["all", "matrices"]
 
@@ -39,6 +38,8 @@ def lr_schedule(
         raise ValueError(f"schedule must be one of {', '.join(names)}, got {name!r}")
     if name != "cosine" and min_lr_ratio != 0:
         raise ValueError(f"min_lr_ratio has no effect on schedule={name!r}, got {min_lr_ratio}: use schedule=cosine")
+    from transformers.optimization import get_scheduler  # imports peft: a second that other uses need not pay
+
     options = {"min_lr_rate": min_lr_ratio} if name == "cosine" else None
     return get_scheduler(
         names[name],
