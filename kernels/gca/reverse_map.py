@@ -15,8 +15,10 @@ PIECE = 16
 
 @dataclass(frozen=True)
 class ReverseMap:
-    """Slots ordered by chunk, and the pieces each chunk's list is cut into; all int32."""
+    """Slots ordered by chunk, and the pieces each chunk's list is cut into; tables are int32."""
 
+    max_parts: int
+    """Rows the buffer of parts needs at most."""
     order: Tensor
     """``[B N K]`` slot numbers, ordered by chunk, then by slot; empty slots last."""
     piece_chunk: Tensor
@@ -30,8 +32,6 @@ class ReverseMap:
     """``[B E]`` first row of the chunk's parts."""
     chunk_pieces: Tensor
     """``[B E]`` number of pieces."""
-    max_parts: int
-    """Rows the buffer of parts needs at most."""
 
 
 def reverse_map(indices: Tensor, num_chunks: int) -> ReverseMap:
@@ -54,4 +54,4 @@ def reverse_map(indices: Tensor, num_chunks: int) -> ReverseMap:
     part = torch.where(pieces[chunk] > 1, chunk_part[chunk] + rank, -1)
     tables = (order, chunk, torch.where(used, start, 0), torch.where(used, stop, 0), part, chunk_part, pieces)
     # Parts an entry: at most 2 for PIECE + 1 entries, the shortest list that is split.
-    return ReverseMap(*(table.int() for table in tables), 2 * num_slots // (PIECE + 1))
+    return ReverseMap(2 * num_slots // (PIECE + 1), *(table.int() for table in tables))

@@ -19,6 +19,7 @@ from kernels.gca.triton_backward import key_kernel, query_kernel, reduce_kernel
 from kernels.gca.triton_forward import forward_kernel
 
 LOG2E = math.log2(math.e)
+STAGES = 2
 Kind = Literal["forward", "query", "key"]
 
 
@@ -35,19 +36,24 @@ class Launch:
 def launch(kind: Kind, rows: int, chunk_size: int, head_dim: int, dtype: torch.dtype) -> Launch:
     """Choose the tiles of a kernel for G S rows, C keys and D channels."""
     block_d = max(16, triton.next_power_of_2(head_dim))
-    wide = block_d * dtype.itemsize
-    limit_m, limit_c = LIMITS[kind][128 if wide <= 128 else 256 if wide <= 256 else 512 if wide <= 512 else 1024]
+    column = 0 if block_d <= 64 else 1 if block_d == 128 else 2
+    limit_m, limit_c = (LIMITS[kind] if dtype.itemsize == 2 else FLOAT32_LIMITS)[column]
     block_m = min(limit_m, max(16, triton.next_power_of_2(rows)))
-    block_c = min(limit_c, max(16, triton.next_power_of_2(chunk_size)))
-    return Launch(block_m, block_c, block_d, 4 if block_m * block_d <= 4096 and block_c * block_d <= 4096 else 8)
+    block_c = max(16, triton.next_power_of_2(chunk_size))
+    if block_c > limit_c:  # several tiles a chunk
+        block_c = min(limit_c, 32 if kind == "query" else 64)
+    few = 2048 if kind == "key" else 4096  # the key kernel holds two sums
+    small = dtype.itemsize == 2 and max(block_m, block_c) * block_d <= few
+    return Launch(block_m, block_c, block_d, 4 if small else 8)
 
 
-# By bytes of a row of q (head size x element size): the most rows and keys of a tile.
-LIMITS: dict[Kind, dict[int, tuple[int, int]]] = {
-    "forward": {128: (128, 128), 256: (64, 128), 512: (64, 64), 1024: (32, 32)},
-    "query": {128: (64, 128), 256: (64, 64), 512: (32, 32), 1024: (16, 32)},
-    "key": {128: (64, 64), 256: (64, 64), 512: (32, 32), 1024: (16, 32)},
+# The most rows and keys of a tile for D <= 64, 128, 256; float32 products (no tensor cores) need many registers.
+LIMITS: dict[Kind, list[tuple[int, int]]] = {
+    "forward": [(128, 128), (64, 128), (64, 64)],
+    "query": [(64, 128), (64, 64), (16, 32)],
+    "key": [(64, 64), (64, 64), (32, 32)],
 }
+FLOAT32_LIMITS = [(32, 32), (16, 32), (16, 16)]
 
 
 def interpreting() -> bool:
@@ -113,7 +119,7 @@ def gca_triton(
         *k.stride()[:4], *v.stride()[:4],
         G=group, HAS_LENGTHS=kv_lengths is not None, OFF_BY_ONE=softmax_off_by_one,
         SINGLE=k.shape[2] <= tiles.block_c, BLOCK_M=tiles.block_m, BLOCK_C=tiles.block_c, BLOCK_D=tiles.block_d,
-        PRECISION=_precision(q), num_warps=tiles.num_warps,
+        PRECISION=_precision(q), num_warps=tiles.num_warps, num_stages=STAGES,
     )  # fmt: skip
     return out, lse
 
@@ -145,7 +151,7 @@ def gca_triton_backward(
         scale, scale * LOG2E, *_sizes(q, k, indices), *k.stride()[:4], *v.stride()[:4],
         G=group, HAS_LENGTHS=kv_lengths is not None, SINGLE=k.shape[2] <= tiles.block_c,
         BLOCK_M=tiles.block_m, BLOCK_C=tiles.block_c, BLOCK_D=tiles.block_d, PRECISION=_precision(q),
-        num_warps=tiles.num_warps,
+        num_warps=tiles.num_warps, num_stages=STAGES,
     )  # fmt: skip
     grad_k, grad_v = _key_gradients(
         grad_out, (q, k, v), (indices, weights, lengths), (lse, delta), scale, lengths is not indices
@@ -179,11 +185,11 @@ def _key_gradients(
             grad_k, grad_v, parts[0], parts[1], scale, scale * LOG2E, first, heads, *_sizes(q, k, indices)[1:],
             *k.stride()[:4], *v.stride()[:4],
             G=group, HAS_LENGTHS=has_lengths, BLOCK_M=tiles.block_m, BLOCK_C=tiles.block_c, BLOCK_D=tiles.block_d,
-            PRECISION=_precision(q), num_warps=tiles.num_warps,
+            PRECISION=_precision(q), num_warps=tiles.num_warps, num_stages=STAGES,
         )  # fmt: skip
-        reduce_kernel[(batch * num_chunks * heads * key_tiles,)](
+        reduce_kernel[(batch * num_chunks * heads * triton.cdiv(chunk_size, 16),)](
             table.chunk_part, table.chunk_pieces, grad_k, grad_v, parts[0], parts[1], first, heads,
-            chunk_size, num_kv_heads, head_dim, BLOCK_C=tiles.block_c, BLOCK_D=tiles.block_d, num_warps=4,
+            chunk_size, num_kv_heads, head_dim, BLOCK_C=16, BLOCK_D=tiles.block_d, num_warps=4,
         )  # fmt: skip
     return grad_k, grad_v
 

@@ -40,11 +40,12 @@ def query_kernel(
     """Write dq, delta ``[B, N, K, H, S]`` of filled slots and dw ``[B, N, K, Hk, row blocks]`` (0 at empty slots)."""
     b, head, n, first = split_program(tl.program_id(0), S * G, N, Hk, BLOCK_M)
     group, blocks = b * N + n, tl.cdiv(S * G, BLOCK_M)
-    rows, statistics, exists = row_offsets(first, group, head, S, D, Hk, G, BLOCK_M)
+    rows, statistics, exists = row_offsets(first, head, S, D, Hk, G, BLOCK_M)
     d, col = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_C)
     mask = exists[:, None] & (d[None, :] < D)
-    query = tl.load(q + rows[:, None] + d[None, :], mask=mask, other=0.0)
-    upstream = tl.load(grad_out + rows[:, None] + d[None, :], mask=mask, other=0.0)
+    base = group.to(tl.int64) * (S * Hk * G * D)
+    query = tl.load(q + base + rows[:, None] + d[None, :], mask=mask, other=0.0)
+    upstream = tl.load(grad_out + base + rows[:, None] + d[None, :], mask=mask, other=0.0)
     total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for j in range(K):
         slot = group.to(tl.int64) * K + j
@@ -77,10 +78,10 @@ def query_kernel(
                     total = tl.dot(grad_a.to(key.dtype), key, total, input_precision=PRECISION)
             tl.store(delta + slot * (Hk * G * S) + statistics, row_delta, mask=exists)
         tl.store(grad_w + (slot * Hk + head) * blocks + first // BLOCK_M, tl.sum(tl.where(exists, row_delta, 0.0), 0))
-    tl.store(grad_q + rows[:, None] + d[None, :], (total * scale).to(grad_q.dtype.element_ty), mask=mask)
+    tl.store(grad_q + base + rows[:, None] + d[None, :], (total * scale).to(grad_q.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_head", "heads"])
 def key_kernel(
     q, k, v, weights, lengths, grad_out, lse, delta,
     order, piece_chunk, piece_start, piece_stop, piece_part, grad_k, grad_v, part_k, part_v,
@@ -106,17 +107,21 @@ def key_kernel(
         for entry in range(start, stop):
             slot = tl.load(order + entry).to(tl.int64)
             w = tl.load(weights + slot)
+            base = slot // K * (S * Hk * G * D)
             for first in range(0, S * G, BLOCK_M):
-                rows, statistics, exists = row_offsets(first, slot // K, head, S, D, Hk, G, BLOCK_M)
+                rows, statistics, exists = row_offsets(first, head, S, D, Hk, G, BLOCK_M)
                 mask = exists[:, None] & (d[None, :] < D)
-                query = tl.load(q + rows[:, None] + d[None, :], mask=mask, other=0.0)
+                query = tl.load(q + base + rows[:, None] + d[None, :], mask=mask, other=0.0)
                 norm = tl.load(lse + slot * (Hk * G * S) + statistics, mask=exists, other=0.0)
                 score = tl.dot(key, tl.trans(query), input_precision=PRECISION) * qk_scale
-                p = tl.where((c[:, None] < length) & exists[None, :], w * tl.exp2(score - norm[None, :]), 0.0)
-                upstream = tl.load(grad_out + rows[:, None] + d[None, :], mask=mask, other=0.0)
+                alive = (c[:, None] < length) & exists[None, :]
+                p = tl.where(alive, w * tl.exp2(score - norm[None, :]), 0.0)
+                upstream = tl.load(grad_out + base + rows[:, None] + d[None, :], mask=mask, other=0.0)
                 sum_v = tl.dot(p.to(upstream.dtype), upstream, sum_v, input_precision=PRECISION)
                 row_delta = tl.load(delta + slot * (Hk * G * S) + statistics, mask=exists, other=0.0)
-                grad_a = p * (tl.dot(value, tl.trans(upstream), input_precision=PRECISION) - row_delta[None, :])
+                grad_p = tl.dot(value, tl.trans(upstream), input_precision=PRECISION)
+                # Of a chunk without valid keys delta was never written: select, do not multiply by zero.
+                grad_a = tl.where(alive, p * (grad_p - row_delta[None, :]), 0.0)
                 sum_k = tl.dot(grad_a.to(query.dtype), query, sum_k, input_precision=PRECISION)
         mask = (c[:, None] < C) & (d[None, :] < D)
         part = tl.load(piece_part + piece)
@@ -130,7 +135,7 @@ def key_kernel(
             tl.store(part_v + offset, sum_v, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_head", "heads"])
 def reduce_kernel(
     chunk_part, chunk_pieces, grad_k, grad_v, part_k, part_v, first_head, heads, C, Hk, D,
     BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,

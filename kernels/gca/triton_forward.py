@@ -24,11 +24,11 @@ def split_program(pid, num_rows, N, Hk, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
-def row_offsets(first, group, head, S, D, Hk, G: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Locate rows (s, g) of a query group: offsets into [B N, S, H, D], into [H, S], and which rows exist."""
+def row_offsets(first, head, S, D, Hk, G: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Locate rows (s, g) inside a query group: offsets into [S, H, D], into [H, S], and which rows exist."""
     row = first + tl.arange(0, BLOCK_M)
     s, h = row // G, head * G + row % G
-    return group.to(tl.int64) * (S * Hk * G * D) + (s * Hk * G + h) * D, h * S + s, row < S * G
+    return (s * Hk * G + h) * D, h * S + s, row < S * G
 
 
 @triton.jit
@@ -58,10 +58,11 @@ def forward_kernel(
     """Write out ``[B, N, S, H, D]`` and the base 2 log-sum-exp ``[B, N, K, H, S]`` of filled slots."""
     b, head, n, first = split_program(tl.program_id(0), S * G, N, Hk, BLOCK_M)
     group = b * N + n
-    rows, statistics, exists = row_offsets(first, group, head, S, D, Hk, G, BLOCK_M)
+    rows, statistics, exists = row_offsets(first, head, S, D, Hk, G, BLOCK_M)
     d, col = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_C)
     mask = exists[:, None] & (d[None, :] < D)
-    query = tl.load(q + rows[:, None] + d[None, :], mask=mask, other=0.0)
+    base = group.to(tl.int64) * (S * Hk * G * D)
+    query = tl.load(q + base + rows[:, None] + d[None, :], mask=mask, other=0.0)
     total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for j in range(K):
         slot = group.to(tl.int64) * K + j
@@ -105,4 +106,4 @@ def forward_kernel(
                     peak = higher
                 total += part * (w / norm)[:, None]
             tl.store(lse + slot * (Hk * G * S) + statistics, peak + tl.log2(norm), mask=exists)
-    tl.store(out + rows[:, None] + d[None, :], total.to(out.dtype.element_ty), mask=mask)
+    tl.store(out + base + rows[:, None] + d[None, :], total.to(out.dtype.element_ty), mask=mask)

@@ -126,6 +126,8 @@ def test_autocast_changes_nothing(gca_inputs, run_gca):
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_dead_memory_has_no_influence(gca_inputs, run_gca, implementation, poison):
     tensors = gca_inputs(E=12, ragged=True)
+    tensors["kv_lengths"][:, 0] = 0
+    tensors["indices"][:, 0, 0] = 0
     batch = torch.arange(2)[:, None, None]
     selected = torch.zeros(2, 12, dtype=torch.bool)
     selected[batch, tensors["indices"].clamp(min=0).long()] = True

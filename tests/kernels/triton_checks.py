@@ -1,0 +1,125 @@
+"""Checks of the Triton kernels in Triton's interpreter; run as a program: `TRITON_INTERPRET=1 python ... NAME`."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+import kernels.gca.reverse_map
+from benchmarks.measure import allocations, poisoned
+from kernels.gca import grouped_cross_attention
+from kernels.gca.triton import gca_triton
+
+FIXTURES = Path(__file__).parents[1] / "fixtures" / "gca"
+NAMES = ("q", "k", "v", "indices", "weights")
+
+
+def run(tensors, implementation="triton", **options):
+    leaves = [tensors[n].detach().clone().requires_grad_(tensors[n].is_floating_point()) for n in NAMES]
+    options = {"kv_lengths": tensors.get("kv_lengths"), "implementation": implementation} | options
+    out = grouped_cross_attention(*leaves, **options)
+    out.backward(tensors["grad_out"])
+    return {"out": out.detach()} | {f"grad_{n}": x.grad for n, x in zip(NAMES, leaves, strict=True) if n != "indices"}
+
+
+def inputs(B=1, N=3, S=5, H=2, Hk=1, D=16, E=4, C=7, K=2, *, dtype=torch.float32, ragged=False):
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    q, k, v, grad_out = normal(B, N, S, H, D), normal(B, E, C, Hk, D), normal(B, E, C, Hk, D), normal(B, N, S, H, D)
+    tensors = {"q": q.to(dtype), "k": k.to(dtype), "v": v.to(dtype), "grad_out": grad_out.to(dtype)}
+    tensors["indices"] = torch.randint(-1, E, (B, N, K), generator=generator, dtype=torch.int32)
+    tensors["kv_lengths"] = torch.randint(0, C + 1, (B, E), generator=generator, dtype=torch.int32) if ragged else None
+    return tensors | {"weights": normal(B, N, K)}
+
+
+def compare(results, expected, limit):
+    for key, reference in expected.items():
+        error = (results[key].double() - reference.double()).abs().max().item()
+        allowed = (10 if key == "grad_weights" else 1) * limit * max(1.0, reference.abs().max().item())
+        assert error <= allowed, f"{key}: {error:.2e}, allowed {allowed:.2e}"
+
+
+def fixtures():
+    for name in ("kernel_causal", "kernel_decode", "kernel_ragged"):
+        with safe_open(FIXTURES / f"{name}.safetensors", "pt") as file:
+            tensors, meta = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
+        options = {"scale": json.loads(meta["scale"]), "softmax_off_by_one": json.loads(meta["softmax_off_by_one"])}
+        compare(run(tensors, **options), {key: tensors[key] for key in tensors if key.startswith(("out", "grad_"))
+                                          and key != "grad_out"}, 8e-6)  # fmt: skip
+
+
+def shapes():
+    cases = [
+        ({"S": 1, "H": 8, "Hk": 2, "B": 2, "N": 1}, torch.float32),
+        ({"D": 24, "C": 1, "K": 3, "S": 20}, torch.float32),
+        ({"D": 32, "C": 150, "S": 17, "H": 3, "E": 2}, torch.float32),
+        ({"D": 256, "C": 20, "N": 2}, torch.float32),
+        ({"D": 64, "C": 65, "S": 65, "H": 1, "N": 2}, torch.float16),
+        ({"D": 64, "C": 64, "S": 1, "H": 8, "Hk": 2}, torch.float16),
+    ]
+    for number, (shape, dtype) in enumerate(cases):
+        tensors = inputs(**shape, dtype=dtype, ragged=number % 2 == 1)
+        options = {"softmax_off_by_one": number % 3 != 0}
+        expected = run(tensors, "cpu", **options)
+        compare(run(tensors, **options), expected, 8e-6 if dtype == torch.float32 else 2e-3)
+
+
+def pieces():
+    """Long lists are split; the parts give the same sums, and the same bits each time."""
+    kernels.gca.reverse_map.PIECE = 2
+    tensors = inputs(B=2, N=4, S=3, H=2, Hk=2, K=3, E=2, C=4)
+    first, second = run(tensors), run(tensors)
+    compare(first, run(tensors, "cpu"), 8e-6)
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def poison():
+    """NaN in dead memory and in fresh buffers leaves no trace."""
+    tensors = inputs(B=2, N=2, E=9, C=6, ragged=True)
+    tensors["kv_lengths"][:, 0] = 0
+    tensors["indices"][:, 0, 0], tensors["indices"][:, 1, 0] = 0, -1
+    selected = torch.zeros(2, 9, dtype=torch.bool)
+    for b in range(2):
+        selected[b, tensors["indices"][b][tensors["indices"][b] >= 0].long()] = True
+    dead = (torch.arange(6) >= tensors["kv_lengths"][..., None]) | ~selected[..., None]
+    clean = run(tensors, softmax_off_by_one=True)
+    tensors["k"][dead] = tensors["v"][dead] = tensors["weights"][tensors["indices"] < 0] = torch.nan
+    with poisoned():
+        results = run(tensors, softmax_off_by_one=True)
+    assert all(torch.equal(results[key], clean[key]) for key in clean)
+    assert not results["grad_k"][dead].any() and not results["grad_v"][dead].any()
+    assert not results["grad_weights"][tensors["indices"] < 0].any()
+
+
+def operator():
+    tensors = inputs(N=2, S=2)
+    leaves = [tensors[n].requires_grad_(tensors[n].is_floating_point()) for n in NAMES]
+    torch.library.opcheck(gca_triton, (*leaves, None, 0.5, True))
+    strided = tensors | {n: tensors[n].transpose(1, 2).contiguous().transpose(1, 2) for n in ("k", "v")}
+    compare(run(strided), run(tensors, "cpu"), 8e-6)
+    try:
+        run({key: t.bfloat16() if key in "qkv" else t for key, t in tensors.items()})
+    except ValueError as error:
+        assert "bfloat16" in str(error)
+    else:
+        raise AssertionError("bfloat16 was accepted in the interpreter")
+
+
+def memory():
+    """The bounds of the operation, at a size the interpreter can run (the interpreter's own arrays do not count)."""
+    tensors = inputs(N=16, S=64, H=4, Hk=4, D=64, E=16, C=64, K=2)
+    peak, largest = allocations(lambda: run(tensors))
+    copies = sum(tensors[n].nbytes for n in NAMES if n != "indices")  # run() clones its leaves
+    q, k = tensors["q"], tensors["k"]
+    assert peak - copies <= 1.75 * (2 * q.nbytes + 2 * k.nbytes + 2 * 16 * 2 * 4 * 64 * 4)
+    assert largest <= 1.25 * q.nbytes
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    globals()[sys.argv[1]]()
