@@ -37,7 +37,7 @@ def _shape(tokens: int, dtype: torch.dtype = torch.float32) -> str:
     return f"{tokens} tokens, chunk {CHUNK}, K {TOP_K}, {HEADS} x {SIZE}, {str(dtype)[6:]}"
 
 
-def _differentiate(function: Callable[..., Tensor], inputs: Inputs, grad_out: Tensor) -> dict[str, Tensor]:
+def differentiate(function: Callable[..., Tensor], inputs: Inputs, grad_out: Tensor) -> dict[str, Tensor]:
     """Run forward and backward; returns the output and the gradients."""
     names = ("q", "k", "v", "indices", "weights")
     leaves = [x.detach().requires_grad_(x.is_floating_point()) for x in inputs]
@@ -63,15 +63,15 @@ def _compare(dtype: torch.dtype, targets: dict[str, tuple[float, float | None]],
     functions: dict[str, Callable[[], object]] = {}
     for name, function in peers.items():
         if name == "ours" or name in targets:
-            run = partial(_differentiate, function, inputs, grad_out) if backward else partial(function, *inputs)
+            run = partial(differentiate, function, inputs, grad_out) if backward else partial(function, *inputs)
             functions[name] = run
     if "causal sdpa" in targets:
         functions["causal sdpa"] = partial(_causal, inputs[0], grad_out if backward else None)
     exact = [x.double() if x.is_floating_point() else x for x in _inputs(1024, dtype)]
     small, upstream = _inputs(1024, dtype), grad_out[:, :16]
     with poisoned():
-        results = _differentiate(grouped_cross_attention, small, upstream)
-    expected = _differentiate(gca_einsum, tuple(exact), upstream.double())  # type: ignore[arg-type]
+        results = differentiate(grouped_cross_attention, small, upstream)
+    expected = differentiate(gca_einsum, tuple(exact), upstream.double())  # type: ignore[arg-type]
     check(results, expected, 2e-6 if dtype == torch.float32 else 6e-3)
     best = cpu_seconds(functions)
     what = "forward + backward" if backward else "forward"
@@ -108,7 +108,7 @@ def scaling() -> Iterator[Row]:
     functions = {}
     for tokens in (4096, 16384):
         inputs = _inputs(tokens)
-        functions[str(tokens)] = partial(_differentiate, grouped_cross_attention, inputs, torch.randn_like(inputs[0]))
+        functions[str(tokens)] = partial(differentiate, grouped_cross_attention, inputs, torch.randn_like(inputs[0]))
     best = cpu_seconds(functions)
     measure = "forward + backward, CPU s"
     yield Row(_shape(16384), measure, best["16384"], "4096 tokens", best["4096"], 4.6, "lower")
@@ -119,7 +119,7 @@ def skewed_choices() -> Iterator[Row]:
     functions = {}
     for choice in ("uniform", "one", "zipf"):
         inputs = _inputs(4096, choice=choice)
-        functions[choice] = partial(_differentiate, grouped_cross_attention, inputs, torch.randn_like(inputs[0]))
+        functions[choice] = partial(differentiate, grouped_cross_attention, inputs, torch.randn_like(inputs[0]))
     best = cpu_seconds(functions)
     for choice in ("one", "zipf"):
         measure = f"forward + backward, all choices {choice}, CPU s"
@@ -131,7 +131,7 @@ def measure_memory(function: str) -> None:
     inputs = _inputs(4096)
     grad_out = torch.randn_like(inputs[0])
     chosen = {"ours": grouped_cross_attention, "einsum": gca_einsum}[function]
-    print(json.dumps(allocations(partial(_differentiate, chosen, inputs, grad_out))[0]))
+    print(json.dumps(allocations(partial(differentiate, chosen, inputs, grad_out))[0]))
 
 
 @case("A8", group="gca")

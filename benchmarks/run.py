@@ -82,7 +82,10 @@ def select(names: list[str]) -> list[Case]:
         ValueError: if a name is neither a group nor a case.
     """
     for module in pkgutil.iter_modules(benchmarks.__path__):
-        importlib.import_module(f"benchmarks.{module.name}")
+        try:
+            importlib.import_module(f"benchmarks.{module.name}")
+        except ImportError as error:  # an optional package: the other cases still run
+            print(f"benchmarks.{module.name}: skipped, {error}")
     known = {case.id for case in CASES} | {case.group for case in CASES}
     unknown = sorted(set(names) - known)
     if unknown:

@@ -55,7 +55,7 @@ def forward_kernel(
     G: tl.constexpr, HAS_LENGTHS: tl.constexpr, OFF_BY_ONE: tl.constexpr, SINGLE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Write out ``[B, N, S, H, D]`` and the base 2 log-sum-exp ``[B, N, K, H, S]`` of filled slots."""
+    """Write out ``[B, N, S, H, D]`` and the base 2 log-sum-exp ``[B, N, K, H, S]`` (0 at empty slots)."""
     b, head, n, first = split_program(tl.program_id(0), S * G, N, Hk, BLOCK_M)
     group = b * N + n
     rows, statistics, exists = row_offsets(first, head, S, D, Hk, G, BLOCK_M)
@@ -106,4 +106,6 @@ def forward_kernel(
                     peak = higher
                 total += part * (w / norm)[:, None]
             tl.store(lse + slot * (Hk * G * S) + statistics, peak + tl.log2(norm), mask=exists)
+        else:
+            tl.store(lse + slot * (Hk * G * S) + statistics, tl.zeros([BLOCK_M], tl.float32), mask=exists)
     tl.store(out + base + rows[:, None] + d[None, :], total.to(out.dtype.element_ty), mask=mask)

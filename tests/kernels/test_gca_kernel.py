@@ -187,6 +187,18 @@ def test_operator_passes_opcheck(gca_inputs):
     torch.library.opcheck(gca_cpu, (*leaves, t["kv_lengths"], 0.5, True))
 
 
+def test_compiles_without_graph_break(gca_inputs, run_gca):
+    tensors = gca_inputs(B=1, N=3, S=2, D=4)
+    expected = run_gca(tensors, "cpu")
+    compiled = torch.compile(grouped_cross_attention, fullgraph=True, backend="aot_eager")
+    leaves = [tensors[n].requires_grad_(tensors[n].is_floating_point()) for n in ("q", "k", "v", "indices", "weights")]
+    out = compiled(*leaves)
+    out.backward(tensors["grad_out"])
+    assert torch.equal(out, expected["out"])
+    for name in ("q", "k", "v", "weights"):
+        assert torch.equal(tensors[name].grad, expected[f"grad_{name}"]), name
+
+
 def test_strided_stores_and_one_retrieval_per_kv_head(gca_inputs, run_gca):
     tensors = gca_inputs(dtype=torch.float64)
     expected = run_gca(tensors, "reference")
