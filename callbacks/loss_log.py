@@ -43,7 +43,7 @@ class LossLog(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Collect the micro-batch; close the row when the optimiser has stepped."""
-        self.losses.append(outputs["loss"].detach())
+        self.losses.append(outputs["mean_nll"])
         self.tokens += outputs["num_tokens"]
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return

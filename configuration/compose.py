@@ -34,10 +34,14 @@ def recipe_names(command: str | None = None) -> list[str]:
 
 def recipe_command(name: str) -> str:
     """The command that runs a recipe: its ``command`` key or that of the recipe it inherits, else ``train``."""
+    return _declared(name, "command", "train")
+
+
+def _declared(name: str, key: str, default: str) -> str:
+    """A top-level key of a recipe file or of the recipe it inherits, read before anything is composed."""
     loaded = yaml.safe_load((RECIPES / f"{name}.yaml").read_text(encoding="utf-8"))
     parents = [entry for entry in loaded.get("defaults", []) if isinstance(entry, str) and entry != "_self_"]
-    inherited = recipe_command(parents[0]) if parents else "train"
-    return str(loaded.get("command", inherited))
+    return str(loaded.get(key, _declared(parents[0], key, default) if parents else default))
 
 
 def recipe_purpose(name: str) -> str:
@@ -71,6 +75,8 @@ def compose(arguments: Sequence[str], *, command: str, default_recipe: str | Non
     if problems:
         raise ConfigError(problems)
     lines = [o.input_line or "" for o in chosen]
+    if command == "train":
+        lines = _scale_last(recipe, lines)
     skeleton = OmegaConf.to_container(_hydra(recipe, lines), resolve=False)
     assert isinstance(skeleton, dict)
     for override in values:
@@ -128,6 +134,13 @@ def _group_problems(override: Override, choices: list[str]) -> list[str]:
         return []
     near = did_you_mean(str(choice), choices)
     return [f"unknown choice {override.key_or_group}={choice}{near}; choices: {', '.join(choices)}"]
+
+
+def _scale_last(recipe: str, lines: list[str]) -> list[str]:
+    """Append the scale, chosen or the recipe's own, so that it wins over the recipe and all it inherits."""
+    chosen = [line.removeprefix("scale=") for line in lines if line.startswith("scale=")]
+    scale = chosen[-1] if chosen else _declared(recipe, "scale", "full")
+    return [*(line for line in lines if not line.startswith("scale=")), f"+scale={scale}"]
 
 
 def _hydra(recipe: str, overrides: list[str]) -> DictConfig:

@@ -90,12 +90,13 @@ class CausalLMModule(pl.LightningModule):
             self.model.compile()
 
     def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> dict[str, Any]:
-        """Return the mean next-token loss of a micro-batch."""
+        """Return the mean next-token loss of a micro-batch, its unscaled value to log, and its input tokens."""
         self.seed_micro_batch(batch_idx)
         options = self.train_options(batch)
         outputs = self.model(**self.model_inputs(batch), labels=batch["labels"], use_cache=False, **options)
         self.watch_outputs(outputs)
-        return {"loss": outputs.loss, "num_tokens": batch["input_ids"].numel()}
+        # Lightning divides "loss" by the accumulation before callbacks see it.
+        return {"loss": outputs.loss, "mean_nll": outputs.loss.detach(), "num_tokens": batch["input_ids"].numel()}
 
     def train_options(self, batch: dict[str, torch.Tensor]) -> dict[str, Any]:
         """Further arguments of the model in a training step; methods add theirs here."""

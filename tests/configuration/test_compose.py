@@ -30,6 +30,14 @@ def test_scale_tiny_changes_the_model_data_and_output(name):
     assert config["module"]["model"] == config["model"]
 
 
+def test_the_scale_wins_over_everything_a_recipe_inherits_or_states():
+    full = compose(["recipe=books_gca", "data.path=x"], command="train")
+    tiny = compose(["recipe=books_gca", "scale=tiny"], command="train")
+    assert (full["trainer"]["accumulate_grad_batches"], full["trainer"]["max_steps"]) == (8, 10000)
+    assert (tiny["trainer"]["accumulate_grad_batches"], tiny["trainer"]["max_steps"]) == (1, 40)
+    assert compose(["recipe=quickstart_sliding_window"], command="train")["scale"] == "laptop"
+
+
 def test_command_line_wins_over_recipe_group_and_scale():
     config = compose(
         ["recipe=pg19_gca", "scale=tiny", "vocabulary=gpt2", "model.config.hidden_size=48", "seed=7"], command="train"
