@@ -35,8 +35,8 @@ def grouped_cross_attention(
     """Attend from each query group to its retrieved chunks, one softmax per chunk, and fuse them by the weights.
 
     ``out_t = sum_j w_j softmax_c(scale q_t . K[e_j, c]) V[e_j]`` with ``e_j = indices[b, n, j]``. There is no position
-    and no mask between rows and keys. A slot with index -1, or whose chunk has no valid key, adds nothing; whatever dead
-    keys, unselected chunks and weights of empty slots hold (even NaN) has no influence and gets gradient 0.
+    and no mask between rows and keys. A slot with index -1, or whose chunk has no valid key, adds nothing; whatever
+    dead keys, unselected chunks and weights of empty slots hold (even NaN) has no influence and gets gradient 0.
 
     Args:
         q: ``[B, N, S, H, D]`` queries, float32, float16, bfloat16 (or float64 on "reference" and "cpu").

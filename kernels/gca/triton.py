@@ -96,6 +96,12 @@ def _sizes(q: Tensor, k: Tensor, indices: Tensor) -> tuple[int, ...]:
     return q.shape[1], k.shape[1], indices.shape[2], q.shape[2], k.shape[2], k.shape[3], q.shape[4]
 
 
+def _run(kernel: Any, grid: tuple[int], *arguments: Any, **options: Any) -> None:
+    """Launch on the device of the first tensor, which need not be the current one."""
+    with torch.cuda.device_of(arguments[0]):
+        kernel[grid](*arguments, **options)
+
+
 @torch.library.custom_op("longhaul::gca_triton", mutates_args=())
 def gca_triton(
     q: Tensor,
@@ -116,7 +122,8 @@ def gca_triton(
     lse = torch.empty(batch, num_groups, indices.shape[2], num_heads, rows, dtype=torch.float32, device=q.device)
     tiles = launch("forward", rows * group, k.shape[2], head_dim, q.dtype)
     grid = (triton.cdiv(rows * group, tiles.block_m) * num_groups * num_kv_heads * batch,)
-    forward_kernel[grid](
+    _run(
+        forward_kernel, grid,
         q, k, v, indices, weights, lengths, out, lse, scale * LOG2E, *_sizes(q, k, indices),
         *k.stride()[:4], *v.stride()[:4],
         G=group, HAS_LENGTHS=kv_lengths is not None, OFF_BY_ONE=softmax_off_by_one,
@@ -148,7 +155,8 @@ def gca_triton_backward(
     blocks = triton.cdiv(rows * group, tiles.block_m)
     grad_q, delta = torch.empty_like(q), torch.empty_like(lse)
     grad_w = torch.empty(*indices.shape, num_kv_heads * blocks, dtype=torch.float32, device=q.device)
-    query_kernel[(blocks * num_groups * num_kv_heads * batch,)](
+    _run(
+        query_kernel, (blocks * num_groups * num_kv_heads * batch,),
         q, k, v, indices, weights, lengths, grad_out, lse, delta, grad_q, grad_w,
         scale, scale * LOG2E, *_sizes(q, k, indices), *k.stride()[:4], *v.stride()[:4],
         G=group, HAS_LENGTHS=kv_lengths is not None, SINGLE=k.shape[2] <= tiles.block_c,
@@ -181,7 +189,8 @@ def _key_gradients(
     parts = torch.empty(2, step * per_head, dtype=torch.float32, device=q.device)
     for first in range(0, num_kv_heads, step):
         heads = min(step, num_kv_heads - first)
-        key_kernel[(table.piece_chunk.numel() * heads * key_tiles,)](
+        _run(
+            key_kernel, (table.piece_chunk.numel() * heads * key_tiles,),
             q, k, v, weights, lengths, grad_out, *statistics,
             table.order, table.piece_chunk, table.piece_start, table.piece_stop, table.piece_part,
             grad_k, grad_v, parts[0], parts[1], scale, scale * LOG2E, first, heads, *_sizes(q, k, indices)[1:],
@@ -189,7 +198,8 @@ def _key_gradients(
             G=group, HAS_LENGTHS=has_lengths, BLOCK_M=tiles.block_m, BLOCK_C=tiles.block_c, BLOCK_D=tiles.block_d,
             PRECISION=_precision(q), num_warps=tiles.num_warps, num_stages=STAGES,
         )  # fmt: skip
-        reduce_kernel[(batch * num_chunks * heads * triton.cdiv(chunk_size, 16),)](
+        _run(
+            reduce_kernel, (batch * num_chunks * heads * triton.cdiv(chunk_size, 16),),
             table.chunk_part, table.chunk_pieces, grad_k, grad_v, parts[0], parts[1], first, heads,
             chunk_size, num_kv_heads, head_dim, BLOCK_C=16, BLOCK_D=tiles.block_d, num_warps=4,
         )  # fmt: skip
