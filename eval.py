@@ -9,7 +9,7 @@ def main(arguments: list[str]) -> None:
     """Compose, check, build, run."""
     from configuration.task import run_task
 
-    result = run_task(arguments, command="eval")
+    result = run_task(arguments, print, command="eval")
     if result is not None:
         print(result["table"])
 

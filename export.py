@@ -9,7 +9,7 @@ def main(arguments: list[str]) -> None:
     """Compose, check, build, run."""
     from configuration.task import run_task
 
-    result = run_task(arguments, command="export", default_recipe="export")
+    result = run_task(arguments, print, command="export", default_recipe="export")
     if result is not None:
         print(f"{result['checkpoint']} -> {result['model']} ({result['parameters']:,} parameters)")
 

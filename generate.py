@@ -9,7 +9,7 @@ def main(arguments: list[str]) -> None:
     """Compose, check, build, run."""
     from configuration.task import run_task
 
-    result = run_task(arguments, command="generate", default_recipe="generate")
+    result = run_task(arguments, print, command="generate", default_recipe="generate")
     for sample in result["samples"] if result else ():
         print(sample["prompt"] + sample["continuation"])
         rate = sample["num_tokens"] / sample["seconds"]

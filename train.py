@@ -23,7 +23,7 @@ def main(arguments: list[str]) -> None:
     if config["dry_run"]:
         print(describe(config, missing))
     else:
-        run(config)
+        run(config, print)
 
 
 if __name__ == "__main__":

@@ -29,10 +29,14 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_name(target.name + ".part")
-        with partial.open("wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with partial.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+        except (OSError, RuntimeError) as error:  # a full disk, which torch may report as a RuntimeError
+            partial.unlink(missing_ok=True)
+            raise OSError(f"cannot write checkpoint {target} ({error}): free space and resume") from error
         os.replace(partial, target)
         folder = os.open(target.parent, os.O_RDONLY)
         try:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+
+from evaluation.results import write_text
 
 
 class LossLog(pl.Callback):
@@ -52,12 +53,13 @@ class LossLog(pl.Callback):
         grad_norm = getattr(pl_module, "grad_norm", None)
         row = {"step": trainer.global_step, "loss": loss, "lr": self.lr, "grad_norm": grad_norm, "tokens": self.tokens}
         self.rows.append(row)
+        if trainer.global_step % trainer.log_every_n_steps:
+            return
         pl_module.log("train/loss", loss, prog_bar=True)
         pl_module.log("train/lr", self.lr)
         if grad_norm is not None:
             pl_module.log("train/grad_norm", grad_norm)
-        if trainer.global_step % trainer.log_every_n_steps == 0:
-            self.flush(trainer)
+        self.flush(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write what is left."""
@@ -112,6 +114,4 @@ def truncate(path: Path, last_step: int) -> None:
     if not path.exists():
         return
     kept = [row for row in read_rows(path) if row["step"] <= last_step]
-    partial = path.with_name(path.name + ".part")
-    partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-    os.replace(partial, path)
+    write_text(path, "".join(json.dumps(row) + "\n" for row in kept))

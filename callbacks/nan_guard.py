@@ -47,17 +47,23 @@ class NaNGuard(pl.Callback):
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Look at the losses of the step on all ranks; save and stop if one is not finite."""
+        """Look at the losses and the gradient of the step on all ranks; save and stop if one is not finite."""
         seen, self._seen = self._seen, []
         bad = ~torch.isfinite(torch.stack([loss for loss, _ in seen]))
-        if float(trainer.strategy.reduce(bad.any().float(), reduce_op="sum")) == 0:
+        # A finite loss can have an infinite gradient, which clipping would spread over all weights.
+        # Scaled float16 gradients overflow in ordinary steps, which the scaler skips.
+        grads = [p.grad for p in pl_module.parameters() if p.grad is not None and trainer.precision != "16-mixed"]
+        broken = bad.any() | ~torch.isfinite(torch.nn.utils.get_total_norm(grads)).to(bad.device)
+        if float(trainer.strategy.reduce(broken.float(), reduce_op="sum")) == 0:
             return
         _rewind(trainer, len(seen) - 1)
         path = Path(self.output or trainer.default_root_dir) / f"nan_step_{trainer.global_step}.ckpt"
         trainer.save_checkpoint(path)
         found = [entry for entry, is_bad in zip(seen, bad.tolist(), strict=True) if is_bad]
+        mine = bool(broken)
         raise NonFiniteLossError(
-            f"the loss is not finite in step {trainer.global_step + 1}{_describe(found)}; the state before this step "
+            f"the {'gradient' if mine and not found else 'loss'} is not finite in step {trainer.global_step + 1}"
+            f"{_describe(found or (seen if mine else []))}; the state before this step "
             f"is saved in {path}; try a lower learning rate or look at these samples"
         )
 

@@ -39,22 +39,31 @@ def check(config: dict[str, Any]) -> list[str]:
     return missing
 
 
+def _build_problems(node: Any, path: str) -> list[str]:
+    """Build a small object that refuses impossible options in its constructor."""
+    if not is_target(node):
+        return []
+    try:
+        build(node)
+    except ValueError as error:
+        return [f"{path}: {error}"]
+    return []
+
+
 def _model_problems(model: dict[str, Any]) -> list[str]:
     """Build the model's configuration, which refuses impossible sizes; look for a folder it is loaded from."""
-    if is_target(model.get("config")):
-        try:
-            build(model["config"])
-        except ValueError as error:
-            return [f"model.config: {error}"]
+    problems = _build_problems(model.get("config"), "model.config")
     path = model.get("pretrained_model_name_or_path")
     if isinstance(path, str) and path.startswith((".", "/", "runs/")) and not Path(path).exists():
-        return [f"model.pretrained_model_name_or_path={path} does not exist: pass a model folder or a hub name"]
-    return []
+        problems.append(f"model.pretrained_model_name_or_path={path} does not exist: pass a folder or a hub name")
+    return problems
 
 
 def _train_problems(config: dict[str, Any]) -> list[str]:
     trainer = config["trainer"]
-    problems = []
+    problems = _build_problems(config["module"].get("optimization"), "module.optimization")
+    if (trainer.get("log_every_n_steps") or 0) < 1:
+        problems.append(f"trainer.log_every_n_steps must be at least 1, got {trainer.get('log_every_n_steps')}")
     if (trainer.get("max_steps") or 0) < 1:
         problems.append(f"trainer.max_steps must be at least 1, got {trainer.get('max_steps')}")
     every = config.get("eval_every_n_steps")
@@ -67,7 +76,11 @@ def _path_problems(config: dict[str, Any]) -> list[str]:
     resume = config.get("resume", "auto")
     if isinstance(resume, str) and resume != "auto" and not Path(resume).is_file():
         return [f"resume={resume} is no checkpoint file: pass auto, false or the path of a .ckpt file"]
-    path, source = config["data"].get("path"), (config.get("prepare") or {}).get("source")
+    path: str = config["data"]["path"]
+    source: str | None = (config.get("prepare") or {}).get("source")
+    named = source is not None and source != "python_stdlib" and not source.startswith("hub:")
+    if named and not Path(path).exists() and not Path(source).exists():
+        return [f"prepare.source={source} does not exist: pass text, hub:NAME or python_stdlib"]
     if source is None and not Path(path).exists():
         return [
             f"data.path={path} does not exist: make it with python -m preprocess.tokenize SOURCE --output {path}, "

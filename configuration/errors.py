@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 
-USER_ERRORS = (ValueError, FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
+# Wrong input, and what the disk refuses: missing, existing or unreadable files, no space left.
+USER_ERRORS = (ValueError, OSError)
 
 
 class ConfigError(ValueError):

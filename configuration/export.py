@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,17 +19,31 @@ _PREFIX = "model."
 
 
 def save_model_folder(model: PreTrainedModel, folder: Path, *, tokenizer: Path | None) -> None:
-    """Write config, safetensors weights and tokenizer; the folder appears complete or not at all."""
-    partial = folder.with_name(folder.name + ".part")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    if tokenizer is not None:
-        shutil.copytree(tokenizer, partial, dirs_exist_ok=True)
-    old = folder.with_name(folder.name + ".old")
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(partial, folder)
-    shutil.rmtree(old, ignore_errors=True)
+    """Write config, safetensors weights and tokenizer; the folder appears complete or not at all.
+
+    Raises:
+        FileExistsError: there is something at ``folder`` that is not a model folder, and would be lost.
+    """
+    refuse_foreign(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as place:
+        new, old = Path(place) / "new", Path(place) / "old"
+        model.save_pretrained(new)
+        if tokenizer is not None:
+            shutil.copytree(tokenizer, new, dirs_exist_ok=True)
+        if folder.exists():
+            os.replace(folder, old)
+        os.replace(new, folder)
+
+
+def refuse_foreign(folder: Path) -> None:
+    """Raise FileExistsError unless ``folder`` is absent, empty, or a model folder and nothing else."""
+    if not folder.exists():
+        return
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else {folder.name}
+    model_files = {name for name in names if name.endswith((".json", ".safetensors", ".model", ".txt", ".jinja"))}
+    if names and ("config.json" not in names or names != model_files):
+        raise FileExistsError(f"{folder} exists and is no model folder: pass another output=")
 
 
 class CheckpointExport:
@@ -60,10 +75,11 @@ class CheckpointExport:
         self.checkpoint = found
         step = checkpoint_step(found)
         self.output = Path(output) if output else self.run_folder / f"model_step_{found.stem if step is None else step}"
+        refuse_foreign(self.output)
         self.dtype = dtype
 
-    def run(self, output: Path | None = None) -> dict[str, Any]:
-        """Write the folder and return what was written."""
+    def run(self, output: Path | None) -> dict[str, Any]:
+        """Write the folder (the one given at construction; ``output`` is the same) and return what was written."""
         import models  # noqa: F401 - registers the suite's models
 
         config = yaml.safe_load((self.run_folder / "config.yaml").read_text(encoding="utf-8"))

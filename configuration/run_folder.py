@@ -5,17 +5,16 @@ runs/NAME/config.yaml versions.json train.jsonl metrics.json checkpoints/step_N.
 
 from __future__ import annotations
 
-import json
-import os
 import platform
-import subprocess
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import yaml
+from lightning.pytorch.utilities import rank_zero_only
 
-from callbacks.checkpoint import find_checkpoint
+from callbacks.checkpoint import checkpoint_step, find_checkpoint
+from evaluation.results import git_commit, write_json, write_text
 
 # What may change between the parts of one run without changing what it learns.
 FREE = (
@@ -37,7 +36,29 @@ FREE = (
     "module.compile",
     "trainer",
 )
-BOUND_TRAINER = ("accumulate_grad_batches", "precision", "gradient_clip_val")
+FREE_TRAINER = (
+    "accelerator",
+    "benchmark",
+    "default_root_dir",
+    "detect_anomaly",
+    "devices",
+    "enable_checkpointing",
+    "enable_model_summary",
+    "enable_progress_bar",
+    "fast_dev_run",
+    "inference_mode",
+    "limit_val_batches",
+    "log_every_n_steps",
+    "max_epochs",
+    "max_steps",
+    "max_time",
+    "num_nodes",
+    "num_sanity_val_steps",
+    "plugins",
+    "profiler",
+    "strategy",
+    "sync_batchnorm",
+)
 PACKAGES = ("torch", "triton", "lightning", "transformers", "tokenizers", "peft", "datasets", "hydra-core")
 
 
@@ -48,11 +69,13 @@ def open_run(config: dict[str, Any]) -> tuple[Path, Path | None]:
         The output folder and the checkpoint to resume from (None = start from the beginning).
 
     Raises:
-        FileExistsError: the folder holds a run and ``resume=false`` asks for a new one.
+        FileExistsError: the folder holds a run and ``resume=false`` asks for a new one, or later checkpoints than the
+            one to resume from.
         ValueError: the folder holds a run with other options, or the newest checkpoint is damaged.
     """
     folder, resume = Path(config["output"]), config["resume"]
-    holds_run = (folder / "config.yaml").is_file()
+    # The first process decides; the others may come when it has already begun to write.
+    holds_run = (folder / "config.yaml").is_file() and rank_zero_only.rank == 0
     if resume is False and holds_run:
         raise FileExistsError(f"{folder} already holds a run: pass another output=, or resume=auto to continue it")
     if holds_run:
@@ -64,28 +87,25 @@ def open_run(config: dict[str, Any]) -> tuple[Path, Path | None]:
                 "pass another output=, or the options it was started with"
             )
     if isinstance(resume, str) and resume != "auto":
+        _refuse_later_checkpoints(folder, Path(resume))
         return folder, Path(resume)
     return folder, find_checkpoint(folder / "checkpoints") if resume in ("auto", True) else None
+
+
+def _refuse_later_checkpoints(folder: Path, chosen: Path) -> None:
+    newest = find_checkpoint(folder / "checkpoints")
+    step = checkpoint_step(chosen)
+    if newest is not None and step is not None and (checkpoint_step(newest) or 0) > step:
+        raise FileExistsError(
+            f"{folder} already holds {newest.name}, later than {chosen.name}: pass another output= to branch off there"
+        )
 
 
 def write_start(folder: Path, config: dict[str, Any]) -> None:
     """Write ``config.yaml`` and ``versions.json`` of a run that starts or continues (rank 0)."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
+    write_text(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
     write_json(folder / "versions.json", versions())
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a text file in one step."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".part")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Replace a JSON file in one step."""
-    write_atomically(path, json.dumps(content, indent=2) + "\n")
 
 
 def versions() -> dict[str, Any]:
@@ -97,18 +117,6 @@ def versions() -> dict[str, Any]:
         except metadata.PackageNotFoundError:
             found[package] = None
     return {"python": platform.python_version(), **found, "git": git_commit()}
-
-
-def git_commit() -> str | None:
-    """Commit of the source tree, with ``+changes`` when it has uncommitted ones; None outside a git clone."""
-    here = Path(__file__).resolve().parent.parent
-    try:
-        run = {"cwd": here, "capture_output": True, "text": True, "check": True, "timeout": 10}
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], **run).stdout.strip()  # type: ignore[call-overload]
-        status = subprocess.run(["git", "status", "--porcelain", "-uno"], **run).stdout.strip()  # type: ignore[call-overload]
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return commit + ("+changes" if status else "")
 
 
 def differences(before: Any, now: Any, path: str = "") -> list[str]:
@@ -128,5 +136,5 @@ def _bound(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
             continue
         kept[key] = _bound(value, path + ".") if isinstance(value, dict) else value
     if not prefix:
-        kept["trainer"] = {key: config["trainer"].get(key) for key in BOUND_TRAINER}
+        kept["trainer"] = {key: value for key, value in config["trainer"].items() if key not in FREE_TRAINER}
     return kept

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from configuration.compose import compose
+from configuration.errors import ConfigError
 from configuration.help import help_text, wants_help
 from configuration.targets import build
 
 
-def run_task(arguments: Sequence[str], *, command: str, default_recipe: str | None = None) -> dict[str, Any] | None:
-    """Run the task of a recipe; return its result, or None for ``--help`` and ``dry_run=true``.
+def run_task(
+    arguments: Sequence[str], say: Callable[[str], None], *, command: str, default_recipe: str | None = None
+) -> dict[str, Any] | None:
+    """Run the task of a recipe; return its result, or None for ``--help`` and ``dry_run=true``, which ``say`` answers.
 
     Raises:
         ConfigError: with all problems of the command line and the recipe.
     """
     if wants_help(arguments):
-        print(help_text(command))
+        say(help_text(command))
         return None
     config = compose(arguments, command=command, default_recipe=default_recipe)
     # Later imports are slow; a mistyped recipe should not wait for them.
@@ -29,7 +32,9 @@ def run_task(arguments: Sequence[str], *, command: str, default_recipe: str | No
 
     task = build(config["task"])
     if config.get("dry_run"):
-        print(f"recipe={config['recipe']} composes, checks and builds")
+        say(f"recipe={config['recipe']} composes, checks and builds")
         return None
     output = config.get("output")
+    if command == "eval" and not output:
+        raise ConfigError(["output is required: pass output=FOLDER for the metrics and figures"])
     return task.run(Path(output) if output else None)

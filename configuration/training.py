@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,17 @@ from transformers.utils import logging as transformers_logging
 
 from callbacks.loss_log import read_rows
 from configuration.export import save_model_folder
-from configuration.run_folder import open_run, write_json, write_start
+from configuration.run_folder import open_run, versions, write_start
 from configuration.targets import build
+from evaluation.results import write_json
 
 
-def run(config: dict[str, Any]) -> None:
+def run(config: dict[str, Any], say: Callable[[str], None] = lambda _: None) -> None:
     """Train, validate at the end, write ``metrics.json`` and the model folder.
+
+    Args:
+        config: the composed and checked recipe.
+        say: receives the lines for the user.
 
     Raises:
         ValueError, FileNotFoundError, FileExistsError: with one sentence for the user.
@@ -38,10 +43,14 @@ def run(config: dict[str, Any]) -> None:
     if trainer.is_global_zero:
         write_start(folder, config)
         copy_tokenizer(data.tokenizer_path, folder / "tokenizer")
-        print(f"{'resuming ' + str(checkpoint) if checkpoint else 'starting'} -> {folder}")
+        say(f"{'resuming ' + str(checkpoint) if checkpoint else 'starting'} -> {folder}")
     trainer.fit(module, datamodule=data, ckpt_path=str(checkpoint) if checkpoint else None)
     save_last(trainer, folder / "checkpoints")
     finish(trainer, module, data, config=config)
+    if trainer.is_global_zero:
+        say(f"metrics: {folder / 'metrics.json'}")
+        if config["export_model"]:
+            say(f"model:   {folder / 'model'}")
 
 
 def quiet() -> None:
@@ -49,6 +58,7 @@ def quiet() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     transformers_logging.disable_progress_bar()
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    warnings.filterwarnings("ignore", message=".*exists and is not empty.*")  # ours to resume
 
 
 def build_data(config: dict[str, Any]) -> pl.LightningDataModule:
@@ -108,7 +118,9 @@ def copy_tokenizer(source: Path | str | None, target: Path) -> None:
 def save_last(trainer: pl.Trainer, folder: Path) -> None:
     """Save the final state where the checkpoint interval does not end on the last step."""
     path = folder / f"step_{trainer.global_step}.ckpt"
-    if not trainer.fast_dev_run and trainer.checkpoint_callbacks and not path.exists():
+    # Saving is collective: all processes follow what the first one sees.
+    missing = trainer.strategy.broadcast(not path.exists())
+    if missing and trainer.checkpoint_callbacks and not trainer.fast_dev_run:
         trainer.save_checkpoint(path)
 
 
@@ -121,17 +133,29 @@ def finish(trainer: pl.Trainer, module: pl.LightningModule, data: pl.LightningDa
         trainer.validate(module, datamodule=data, verbose=False)
     if not trainer.is_global_zero:
         return
-    metrics = {"recipe": config["recipe"], "step": trainer.global_step}
+    metrics = {"recipe": config["recipe"], "step": trainer.global_step, "protocol": protocol(config, data)}
     if (folder / "train.jsonl").exists():
         metrics["train"] = read_rows(folder / "train.jsonl")[-1]
     if watcher is not None:
         metrics["validation"] = watcher.last_result
     write_json(folder / "metrics.json", metrics)
-    print(f"metrics: {folder / 'metrics.json'}")
     if config["export_model"]:
         tokenizer = folder / "tokenizer"
         save_model_folder(module.model, folder / "model", tokenizer=tokenizer if tokenizer.is_dir() else None)
-        print(f"model:   {folder / 'model'}")
+
+
+def protocol(config: dict[str, Any], data: Any) -> dict[str, Any]:
+    """What the validation numbers depend on besides the weights."""
+    return {
+        "corpus": data.validation_corpus.identity,
+        "split": config["data"].get("validation_split", "validation"),
+        "max_eval_tokens": config["data"]["max_eval_tokens"],
+        "windows": "not overlapping, every target once",
+        "bos_token_id": None,
+        "documents": config["data"]["documents"],
+        "precision": config["trainer"]["precision"],
+        "versions": versions(),
+    }
 
 
 def config_callback(trainer: pl.Trainer, attribute: str) -> Any:

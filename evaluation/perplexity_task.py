@@ -19,7 +19,8 @@ import transformers
 
 from evaluation.figures import save_loss_by_position, save_perplexity_by_length
 from evaluation.perplexity import evaluate_perplexity
-from evaluation.results import csv_text, digest, model_identity, text_table, write_json, write_text
+from evaluation.results import csv_text, digest, git_commit, model_identity, text_table, write_json, write_text
+from evaluation.scoring import choose_device
 
 Dtype = Literal["float32", "bfloat16", "float16", "bfloat16-mixed"]
 HUB = "hub:"
@@ -67,7 +68,7 @@ class PerplexityTask:
         self.stride, self.max_tokens, self.batch_tokens = stride, max_tokens, batch_tokens
         self.bos_token_id, self.dtype, self.progress = bos_token_id, dtype, progress
         self._check_numbers()
-        self.device = _device(device, dtype)
+        self.device = choose_device(device, dtype)
         self.corpus_path = _corpus_folder(Path(data_path), split)
         for label, path in self.models.items():
             if not path.startswith(HUB) and not (Path(path) / "config.json").is_file():
@@ -137,11 +138,12 @@ class PerplexityTask:
             "stride": self.stride,
             "bos_token_id": self.bos_token_id,
             "dtype": self.dtype,
-            "device": self.device.type,
+            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type,
             "versions": {
                 "python": platform.python_version(),
                 "torch": torch.__version__,
                 "transformers": transformers.__version__,
+                "git": git_commit(),
             },
         }
 
@@ -201,17 +203,3 @@ def _corpus_folder(path: Path, split: str) -> Path:
         raise FileNotFoundError(f"no corpus folder {path}: make it with python -m preprocess.tokenize")
     splits = sorted(child.parent.name for child in path.glob("*/meta.json"))
     raise FileNotFoundError(f"{path} has no split {split}: {'it has ' + ', '.join(splits) if splits else 'no corpus'}")
-
-
-def _device(name: str, dtype: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {name}") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device {name} was asked for, but there are {torch.cuda.device_count()} CUDA devices")
-    if device.type == "cpu" and dtype == "float16":
-        raise ValueError("float16 is unusably slow on a CPU: choose dtype=float32 or bfloat16")
-    return device

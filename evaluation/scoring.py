@@ -190,3 +190,22 @@ def _check_vocabulary(model: Any, rows: Tensor) -> None:
             f"the text holds token id {largest}, but the model's vocabulary ends at {size - 1}; "
             "score with the tokens of the model's own tokenizer"
         )
+
+
+def choose_device(name: str, dtype: str) -> torch.device:
+    """Return the device called ``auto`` (CUDA when there is one), ``cpu``, ``cuda`` or ``cuda:N``.
+
+    Raises:
+        ValueError: no such device, or float16 on a CPU.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {name}") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {name} was asked for, but there are {torch.cuda.device_count()} CUDA devices")
+    if device.type == "cpu" and dtype == "float16":
+        raise ValueError("float16 is unusably slow on a CPU: choose dtype=float32 or bfloat16")
+    return device

@@ -10,6 +10,9 @@ from typing import Any, Literal
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from evaluation.results import write_text
+from evaluation.scoring import choose_device
+
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
@@ -63,8 +66,9 @@ class TextGeneration:
         self.prompt = prompt if prompt_file is None else Path(prompt_file).read_text(encoding="utf-8")
         self.max_new_tokens, self.num_samples, self.seed = max_new_tokens, num_samples, seed
         self.temperature, self.top_p = temperature, top_p
-        found = "cuda" if torch.cuda.is_available() else "cpu"
-        self.device, self.dtype = torch.device(found if device == "auto" else device), getattr(torch, dtype)
+        if not self.prompt:
+            raise ValueError("the prompt is empty: give at least one character")
+        self.device, self.dtype = choose_device(device, dtype), getattr(torch, dtype)
 
     def run(self, output: Path | None = None) -> dict[str, Any]:
         """Generate; return ``{"samples": [...]}`` and write ``generations.jsonl`` when a folder is given."""
@@ -87,9 +91,7 @@ class TextGeneration:
                 }
             )
         if output is not None:
-            output.mkdir(parents=True, exist_ok=True)
-            lines = "".join(json.dumps(sample) + "\n" for sample in samples)
-            (output / "generations.jsonl").write_text(lines, encoding="utf-8")
+            write_text(output / "generations.jsonl", "".join(json.dumps(sample) + "\n" for sample in samples))
         return {"samples": samples}
 
     def _generate(self, model: Any, inputs: torch.Tensor) -> list[int]:

@@ -8,41 +8,17 @@ uninterrupted one would have drawn.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from transformers import PreTrainedModel
 
-from lightning_modules.optimization import Decay, decay_groups, lr_schedule, total_grad_norm
+from lightning_modules.model_identity import refuse_other_model
+from lightning_modules.optimization import Optimization, decay_groups, lr_schedule, total_grad_norm
 from losses.cross_entropy import next_token_nll
-
-
-@dataclass(frozen=True)
-class Optimization:
-    """AdamW and its schedule.
-
-    Attributes:
-        lr: peak learning rate.
-        betas: AdamW moments.
-        eps: AdamW epsilon.
-        weight_decay: decoupled weight decay.
-        decay: parameters it applies to, ``all`` or ``matrices``.
-        schedule: ``cosine``, ``linear`` or ``constant`` after linear warm-up.
-        warmup_steps: optimiser steps of warm-up.
-        min_lr_ratio: final learning rate of the cosine as a share of the peak.
-    """
-
-    lr: float = 3e-4
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    decay: Decay = "matrices"
-    schedule: str = "cosine"
-    warmup_steps: int = 0
-    min_lr_ratio: float = 0.0
 
 
 class CausalLMModule(pl.LightningModule):
@@ -70,6 +46,8 @@ class CausalLMModule(pl.LightningModule):
         compile: bool = False,
     ):
         super().__init__()
+        if optimization.warmup_steps >= max_steps:
+            rank_zero_warn(f"warm-up takes {optimization.warmup_steps} of {max_steps} steps: the peak is never reached")
         self.build_model = model
         self.optimization = optimization
         self.max_steps, self.seed = max_steps, seed
@@ -151,21 +129,12 @@ class CausalLMModule(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store the model's configuration beside its weights."""
-        checkpoint["model_config"] = self.model.config.to_json_string()
+        checkpoint["model_config"] = self.model.config.to_json_string(use_diff=False)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another model.
 
         Raises:
-            ValueError: the tensors of the checkpoint are not those of this model.
+            ValueError: its configuration or its tensors are not those of this model.
         """
-        mine = {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()}
-        theirs = {name: tuple(tensor.shape) for name, tensor in checkpoint["state_dict"].items()}
-        different = sorted(name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name))
-        if different:
-            name = different[0]
-            raise ValueError(
-                f"the checkpoint belongs to another model: {len(different)} tensors differ, first {name}: "
-                f"{theirs.get(name, 'missing')} in the checkpoint, {mine.get(name, 'missing')} in this recipe; "
-                "choose the recipe it was trained with, or another output="
-            )
+        refuse_other_model(self, checkpoint)

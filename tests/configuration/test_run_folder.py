@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 import yaml
+from lightning.pytorch.utilities import rank_zero_only
 
 from callbacks.checkpoint import AtomicCheckpointIO, checkpoint_step, find_checkpoint
 from configuration.run_folder import differences, open_run, versions, write_start
@@ -78,3 +79,21 @@ def test_a_damaged_newest_checkpoint_is_named(config):
 
 def test_differences_name_the_keys():
     assert differences({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "d": 3}}) == ["a.c: 2 -> None", "a.d: None -> 3"]
+
+
+def test_an_older_checkpoint_does_not_resume_over_later_ones(config):
+    folder, _ = open_run(config)
+    write_start(folder, config)
+    older, newer = save(folder, 3), save(folder, 6)
+    with pytest.raises(FileExistsError, match=r"step_6\.ckpt, later than step_3\.ckpt"):
+        open_run({**config, "resume": str(older)})
+    assert open_run({**config, "resume": str(newer)}) == (folder, newer)
+    branch = {**config, "resume": str(older), "output": str(folder) + "_branch"}
+    assert open_run(branch)[1] == older
+
+
+def test_only_the_first_process_decides(config, monkeypatch):
+    folder, _ = open_run(config)
+    write_start(folder, config)
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
+    assert open_run({**config, "resume": False}) == (folder, None)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_modules.optimization import decay_groups, lr_schedule, total_grad_norm
+from lightning_modules.optimization import Optimization, decay_groups, lr_schedule, total_grad_norm
 
 
 class Tied(nn.Module):
@@ -50,11 +50,18 @@ def test_constant_and_linear():
     assert rates("linear", warmup_steps=0, min_lr_ratio=0.0)[10] == pytest.approx(1.0)
 
 
-def test_options_without_effect_are_refused():
-    with pytest.raises(ValueError, match="no effect"):
-        rates("constant", warmup_steps=2, min_lr_ratio=0.1)
-    with pytest.raises(ValueError, match="schedule must be one of"):
-        rates("cosin", warmup_steps=2, min_lr_ratio=0.1)
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"schedule": "constant", "min_lr_ratio": 0.1}, "needs schedule=cosine"),
+        ({"lr": -1.0}, "lr must be above 0"),
+        ({"min_lr_ratio": 2.0}, r"in \[0, 1\]"),
+        ({"warmup_steps": -1}, "warmup_steps at least 0"),
+    ],
+)
+def test_impossible_options_are_refused(options, words):
+    with pytest.raises(ValueError, match=words):
+        Optimization(**options)
 
 
 def test_grad_norm_is_over_all_parameters():
