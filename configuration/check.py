@@ -78,8 +78,8 @@ def _path_problems(config: dict[str, Any]) -> list[str]:
         return [f"resume={resume} is no checkpoint file: pass auto, false or the path of a .ckpt file"]
     path: str = config["data"]["path"]
     source: str | None = (config.get("prepare") or {}).get("source")
-    named = source is not None and source != "python_stdlib" and not source.startswith("hub:")
-    if named and not Path(path).exists() and not Path(source).exists():
+    text = None if source in (None, "python_stdlib") or str(source).startswith("hub:") else source
+    if text is not None and not Path(path).exists() and not Path(text).exists():
         return [f"prepare.source={source} does not exist: pass text, hub:NAME or python_stdlib"]
     if source is None and not Path(path).exists():
         return [
