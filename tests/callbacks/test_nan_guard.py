@@ -56,7 +56,7 @@ def test_an_infinite_gradient_of_a_finite_loss_stops_too(fit, lab, tmp_path):
     weight = module.model.lm_head.weight
     before = weight.detach().clone()
     weight.register_hook(lambda grad: torch.full_like(grad, float("inf")))
-    with pytest.raises(NonFiniteLossError, match="the gradient is not finite in step 1 .*, sample indices 0, 1;"):
+    with pytest.raises(NonFiniteLossError, match=r"the gradient is not finite in step 1 .*, sample indices 0, 1;"):
         fit(NaNGuard(), module=module, gradient_clip_val=1.0)
     assert torch.equal(weight, before)
     assert torch.equal(torch.load(tmp_path / "nan_step_0.ckpt")["state_dict"]["model.lm_head.weight"], before)
