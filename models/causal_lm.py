@@ -90,11 +90,16 @@ class CausalLanguageModel(PreTrainedModel, GenerationMixin):
         return logits[:, kept], loss
 
 
+# What transformers passes along by itself.
+HARMLESS = ("cache_position", "is_first_iteration", "next_sequence_length", "return_dict")
+
+
 def check_inputs(input_ids: Tensor | None, extra: Mapping[str, Any]) -> Tensor:
     """Return ``input_ids`` [B, T]; refuse what these models cannot take.
 
     Raises:
-        ValueError: On embeddings or positions from outside, attention maps, or ids of another shape.
+        ValueError: On embeddings or positions from outside, attention maps, ids of another shape, or any argument
+            that would have no effect.
     """
     if extra.get("inputs_embeds") is not None:
         raise ValueError("inputs_embeds is not supported: the model inserts landmarks by token id, pass input_ids")
@@ -102,6 +107,11 @@ def check_inputs(input_ids: Tensor | None, extra: Mapping[str, Any]) -> Tensor:
         raise ValueError("position_ids is not supported: positions follow from attention_mask and document_ids")
     if extra.get("output_attentions"):
         raise ValueError("output_attentions is not supported: attention maps are never formed")
+    unknown = sorted(
+        name for name, value in extra.items() if name not in HARMLESS and value is not None and value is not False
+    )
+    if unknown:
+        raise ValueError(f"{', '.join(unknown)}: no such argument of this model's forward; leave it out")
     if input_ids is None or input_ids.dim() != 2 or input_ids.shape[1] < 1:
         raise ValueError(
             f"input_ids must be [batch, tokens], got {None if input_ids is None else list(input_ids.shape)}"

@@ -245,3 +245,23 @@ def test_a_useful_chunk_gains_weight():
         model(ids, labels=labels).loss.backward()
         optimizer.step()
     assert weight() > before + 0.5
+
+
+def test_arguments_without_effect_are_refused():
+    from models.sliding_window_lm import SlidingWindowLMConfig, SlidingWindowLMForCausalLM
+
+    config = SlidingWindowLMConfig(
+        vocab_size=11,
+        hidden_size=8,
+        intermediate_size=8,
+        num_attention_heads=2,
+        num_hidden_layers=1,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=1,
+    )
+    model, tokens = SlidingWindowLMForCausalLM(config).eval(), torch.arange(2, 8)[None]
+    for name in ("output_retrieval", "labells"):
+        with pytest.raises(ValueError, match=f"{name}: no such argument"):
+            model(tokens, **{name: True})
+    assert model(tokens, output_retrieval=False, return_dict=True).logits.shape == (1, 6, 11)
