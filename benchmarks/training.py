@@ -12,14 +12,17 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from lightning.pytorch.loggers import TensorBoardLogger
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.measure import check, cpu_seconds
 from benchmarks.registry import Row, case
+from callbacks.loss_log import LossLog
 from callbacks.nan_guard import NaNGuard
 from callbacks.throughput import Throughput
 from datamodules.packed_text import PackedTextDataModule
-from lightning_modules.causal_lm import CausalLMModule, Optimization
+from lightning_modules.causal_lm import CausalLMModule
+from lightning_modules.optimization import Optimization
 from models.drt import DRTConfig, DRTForCausalLM
 from preprocess.index import CorpusWriter
 
@@ -135,7 +138,7 @@ class Stopwatch(pl.Callback):
 
 
 def _trainer_loop(folder: str) -> tuple[float, dict[str, torch.Tensor]]:
-    """Train with the callbacks of every run; return CPU seconds per step and the weights."""
+    """Train with the logger and the watching callbacks of every run; return CPU seconds per step and the weights."""
     watch, module = Stopwatch(), _module()
     trainer = pl.Trainer(
         max_steps=STEPS,
@@ -143,13 +146,13 @@ def _trainer_loop(folder: str) -> tuple[float, dict[str, torch.Tensor]]:
         accelerator="cpu",
         gradient_clip_val=1.0,
         log_every_n_steps=2,
-        logger=False,
+        logger=TensorBoardLogger(folder),
         limit_val_batches=0,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
-        callbacks=[Throughput(), NaNGuard(), watch],
+        callbacks=[LossLog(f"{folder}/train.jsonl"), Throughput(), NaNGuard(), watch],
     )
     trainer.fit(module, datamodule=_data(folder))
     return (watch.end - watch.start) / (STEPS - 1), dict(module.model.named_parameters())
