@@ -6,6 +6,7 @@ recipe does not list but the target object accepts may be set without Hydra's ``
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -122,10 +123,19 @@ def _parse(arguments: Sequence[str]) -> tuple[list[Override], list[str]]:
             problems.append(f"unknown flag {argument!r}: options are written key=value (see --help)")
             continue
         try:
-            overrides += OverridesParser.create().parse_overrides([argument])
+            text = argument.startswith("prompt=")
+            overrides += OverridesParser.create().parse_overrides([_quoted(argument) if text else argument])
         except HydraException:
             problems.append(f"cannot read {argument!r}: write key=value, with quotes around values that hold = or ,")
     return overrides, problems
+
+
+def _quoted(argument: str) -> str:
+    """``key=text`` with the text quoted as Hydra's grammar wants it: any characters, taken as they are."""
+    key, _, text = argument.partition("=")
+    # Backslashes count only before a quote and at the end.
+    escaped = re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), text).replace("${", "\\${")
+    return f"{key}='{escaped}'"
 
 
 def _group_problems(override: Override, choices: list[str]) -> list[str]:

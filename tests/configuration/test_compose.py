@@ -90,3 +90,9 @@ def test_missing_values_and_unreadable_arguments_are_sentences():
     ]
     assert "unknown flag" in problems_of("recipe=quickstart", "--fast")[0]
     assert "cannot read" in problems_of("recipe=quickstart", "seed")[0]
+
+
+@pytest.mark.parametrize("text", ["def main(", "it's {odd} = [1, 2]", "123", 'say "hi"', "a\\b", "x ${y} z", "a,b: c"])
+def test_a_prompt_is_taken_as_it_is(text):
+    config = compose([f"prompt={text}", "model.path=x"], command="generate", default_recipe="generate")
+    assert config["prompt"] == config["task"]["prompt"] == text
