@@ -107,7 +107,9 @@ class CausalLMModule(pl.LightningModule):
         """AdamW (fused) with decay groups, and the schedule stepped with the optimiser."""
         o = self.optimization
         groups = decay_groups(self.model, o.weight_decay, o.decay)
-        optimizer = torch.optim.AdamW(groups, lr=o.lr, betas=tuple(o.betas), eps=o.eps, fused=True)
+        # Lightning refuses to clip the gradients of a fused optimiser under autocast.
+        fused = self._trainer is None or not str(self._trainer.precision).endswith("mixed")
+        optimizer = torch.optim.AdamW(groups, lr=o.lr, betas=tuple(o.betas), eps=o.eps, fused=fused)
         schedule = lr_schedule(
             optimizer,
             o.schedule,
