@@ -77,7 +77,9 @@ def _path_problems(config: dict[str, Any]) -> list[str]:
     if isinstance(resume, str) and resume != "auto" and not Path(resume).is_file():
         return [f"resume={resume} is no checkpoint file: pass auto, false or the path of a .ckpt file"]
     path: str = config["data"]["path"]
-    source: str | None = (config.get("prepare") or {}).get("source")
+    prepare = config.get("prepare") or {}
+    # A recipe's own text is for the recipe's own path: a mistyped data.path is not filled with it.
+    source: str | None = prepare.get("source") if prepare.get("source_path") in (None, path) else None
     text = None if source in (None, "python_stdlib") or str(source).startswith("hub:") else source
     if text is not None and not Path(path).exists() and not Path(text).exists():
         return [f"prepare.source={source} does not exist: pass text, hub:NAME or python_stdlib"]

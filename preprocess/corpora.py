@@ -1,22 +1,29 @@
-"""From whatever ``data.path`` names to a corpus folder that can be trained on."""
+"""From whatever ``data.path`` names to a corpus folder that can be trained on.
+
+Notable: processes that need the same corpus at once (the ranks of a run) wait for the one that makes it.
+"""
 
 from __future__ import annotations
 
+import fcntl
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from datamodules.corpus_format import digest
 from preprocess.documents import ReadOptions
-from preprocess.job import Work, corpus_metas, is_trained_here, tokenize, work_identity, work_of
+from preprocess.job import Work, corpus_metas, tokenize, work_identity
 from preprocess.progress import TokenizeProgress
 from preprocess.sources import open_source
-from preprocess.tokenizers import load_tokenizer, tokenizer_identity
 
 
 def ensure_corpus(
     path: str | Path,
     *,
     source: str | None = None,
+    source_path: str | None = None,
     tokenizer: str | None = None,
     cache: str | Path = "data",
     num_workers: int = 1,
@@ -25,45 +32,62 @@ def ensure_corpus(
     """Return a corpus folder for ``path``, tokenising what is not tokenised yet.
 
     Args:
-        path: a corpus folder (checked against ``tokenizer``, whatever it was made from), raw text (a folder or file,
-            tokenised into ``cache``), or a folder to make from ``source``.
+        path: a corpus folder (taken as it is), raw text (a folder or file, tokenised into ``cache``), or a folder to
+            make from ``source``.
         source: ``python_stdlib``, raw text or ``hub:NAME``, tokenised into ``path`` where nothing is there.
-        tokenizer: as in ``preprocess.tokenize``; None takes what a corpus folder holds.
+        source_path: the only ``path`` that is made from ``source``; None: any.
+        tokenizer: for text that is not tokenised yet, as in ``preprocess.tokenize``.
         cache: where corpora made from raw text go, under a name with their identity.
         num_workers: encoding processes.
         errors: what to do about bytes that are not UTF-8.
 
     Raises:
-        FileNotFoundError: nothing at ``path`` and no ``source``.
-        ValueError: the corpus has another tokenizer, or no tokenizer is named for raw text.
+        FileNotFoundError: nothing at ``path`` and no ``source`` for it.
+        ValueError: no tokenizer is named for raw text, or the splits of the corpus have different ones.
     """
-    path, options = Path(path), ReadOptions(errors=errors)
-    metas = corpus_metas(path)
-    if metas:
-        _check(path, metas, tokenizer=tokenizer)
+    path = Path(path)
+    is_there = path.exists()
+    if _holds_corpus(path):
         return str(path)
-    if not path.exists() and source is None:
-        raise FileNotFoundError(f"no corpus and no text at {path}: make it with python -m preprocess.tokenize")
+    if source_path is not None and path != Path(source_path):
+        source = None
+    if not is_there and source is None:
+        elsewhere = f", or leave the path at {source_path}" if source_path else ""
+        raise FileNotFoundError(
+            f"no corpus and no text at {path}: make it with python -m preprocess.tokenize{elsewhere}"
+        )
     if tokenizer is None:
         raise ValueError(f"{path} is not tokenised yet: name a tokenizer (bytes, bpe:4096, a folder or a hub name)")
-    text = open_source(path if path.exists() or source is None else source, options)
+    text = open_source(path if is_there or source is None else source, ReadOptions(errors=errors))
     work = Work(text, tokenizer, path, num_workers=num_workers)
-    if path.exists():
-        identity = digest(work_identity(work))
-        work = Work(text, tokenizer, Path(cache) / f"{text.name}-{identity[:12]}", num_workers=num_workers)
-    with TokenizeProgress(text.name, text.num_parts) as progress:
-        tokenize(work, progress)
+    if is_there:
+        name = f"{text.name}-{digest(work_identity(work))[:12]}"
+        work = replace(work, output=Path(cache) / name)
+    _tokenize_once(work)
     return str(work.output)
 
 
-def _check(path: Path, metas: dict[str, dict[str, Any]], *, tokenizer: str | None) -> None:
-    made_by = work_of(metas) or {}
-    held = {meta["tokenizer"] for meta in metas.values()}
-    if len(held) > 1:
+def _tokenize_once(work: Work) -> None:
+    with _held(work.output.with_name(f".{work.output.name}.lock")):
+        if not _holds_corpus(work.output):
+            with TokenizeProgress(work.source.name, work.source.num_parts) as progress:
+                tokenize(work, progress)
+
+
+@contextmanager
+def _held(lock: Path) -> Iterator[None]:
+    """Hold a lock file, waiting for it; a process that dies lets go of it.
+
+    The file stays: removing it would let two processes hold two files of the same name.
+    """
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _holds_corpus(path: Path) -> bool:
+    metas = corpus_metas(path)
+    if len({meta["tokenizer"] for meta in metas.values()}) > 1:
         raise ValueError(f"the splits of {path} have different tokenizers: make the corpus again")
-    if tokenizer is not None:
-        wanted = tokenizer if is_trained_here(tokenizer) else tokenizer_identity(load_tokenizer(tokenizer))
-        if wanted not in (*held, made_by.get("tokenizer")):
-            raise ValueError(
-                f"{path} was not made with the tokenizer {tokenizer}: name the one it has, or make another corpus"
-            )
+    return bool(metas)

@@ -54,6 +54,7 @@ def test_help_lists_recipes(call, command):
         ("train.py", ["recipe=quickstar"], "did you mean 'quickstart'"),
         ("train.py", ["recipe=quickstart", "trainer.max_step=3", "sed=1"], "2 problems"),
         ("train.py", ["recipe=books_gca", "scale=laptop", "data.path=nowhere"], "data.path=nowhere does not exist"),
+        ("train.py", ["recipe=books_gca", "scale=tiny", "data.path=nowhere"], "data.path=nowhere does not exist"),
         ("train.py", ["recipe=quickstart", "model.config.num_attention_heads=5"], "model.config"),
         ("train.py", ["recipe=quickstart", "trainer.max_steps=many"], "trainer.max_steps must be int"),
         ("train.py", ["recipe=quickstart", "resume=runs/no.ckpt"], "is no checkpoint file"),

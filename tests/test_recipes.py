@@ -6,6 +6,7 @@ import torch
 from configuration.check import check
 from configuration.compose import compose, recipe_names
 from configuration.training import describe, run
+from preprocess.corpora import ensure_corpus
 
 TRAIN = recipe_names("train")
 
@@ -20,6 +21,18 @@ def test_fast_dev_run(name, tiny_corpus, tmp_path, monkeypatch):
     folder = tmp_path / "runs" / f"{name}_tiny"
     assert (folder / "model" / "model.safetensors").is_file()
     assert (folder / "model" / "tokenizer.json").is_file()
+
+
+def test_tiny_takes_a_corpus_of_another_tokenizer_when_the_vocabulary_is_named(tiny_corpus, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    corpus = ensure_corpus("corpus", source=f"{tiny_corpus}/../text", tokenizer="bpe:300")
+    arguments = ["recipe=books_gca", "scale=tiny", f"data.path={corpus}", "trainer.fast_dev_run=true"]
+    arguments += ["trainer.enable_progress_bar=false", "export_model=false"]
+    config = compose([*arguments, "vocabulary=bpe4096"], command="train")
+    check(config)
+    run(config)
+    with pytest.raises(ValueError, match="300 token ids but the model only 259: pass vocabulary=NAME"):
+        run(compose([*arguments, "output=other"], command="train"))
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import multiprocessing
 from types import SimpleNamespace
 
 import datasets
@@ -10,10 +11,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from datamodules.corpus import TokenCorpus
-from preprocess import arxiv_math, pg19, python_stdlib
+from preprocess import arxiv_math, corpora, pg19, python_stdlib
 from preprocess.command import run_command
 from preprocess.corpora import ensure_corpus
 from preprocess.documents import SPLITS, ReadOptions
+from preprocess.job import tokenize
 from preprocess.python_stdlib import StdlibSource
 from preprocess.sources import open_source
 from preprocess.tokenize import main as tokenize_command
@@ -28,22 +30,72 @@ def raw(tmp_path):
     return folder
 
 
-def test_a_corpus_folder_is_returned_after_its_checks(raw, tmp_path):
+def test_a_corpus_folder_is_taken_as_it_is(raw, tmp_path):
     path = tmp_path / "corpus"
     assert ensure_corpus(path, source=str(raw), tokenizer="bytes") == str(path)
-    assert ensure_corpus(path) == ensure_corpus(str(path), tokenizer="bytes", source=str(raw)) == str(path)
-    with pytest.raises(ValueError, match="not made with the tokenizer bpe:270"):
-        ensure_corpus(path, tokenizer="bpe:270")
     (raw / "train.txt").write_text("another text")
-    assert ensure_corpus(path, source=str(raw)) == str(path)  # the source only makes what is not there
+    before = TokenCorpus(path / "train").identity
+    for options in ({}, {"source": str(raw)}, {"tokenizer": "bpe:270"}, {"source_path": "elsewhere"}):
+        assert ensure_corpus(path, **options) == str(path)
+    assert TokenCorpus(path / "train").identity == before
 
 
-def test_a_trained_tokenizer_is_known_by_its_name_and_by_its_folder(raw, tmp_path):
+def test_splits_of_different_tokenizers_are_no_corpus(raw, tmp_path):
     path = tmp_path / "corpus"
-    ensure_corpus(path, source=str(raw), tokenizer="bpe:262")
-    assert ensure_corpus(path, tokenizer="bpe:262") == ensure_corpus(path, tokenizer=str(path / "tokenizer"))
-    with pytest.raises(ValueError, match="not made with the tokenizer bytes"):
-        ensure_corpus(path, tokenizer="bytes")
+    for tokenizer in ("bytes", "bpe:262"):
+        ensure_corpus(tmp_path / tokenizer, source=str(raw), tokenizer=tokenizer)
+    path.mkdir()
+    (tmp_path / "bytes/train").rename(path / "train")
+    (tmp_path / "bpe:262/validation").rename(path / "validation")
+    with pytest.raises(ValueError, match="have different tokenizers"):
+        ensure_corpus(path)
+
+
+def test_a_source_bound_to_its_path_fills_no_other(raw, tmp_path):
+    home = tmp_path / "home"
+    options = {"source": str(raw), "source_path": str(home), "tokenizer": "bytes"}
+    with pytest.raises(FileNotFoundError, match=f"no corpus and no text at .*typo.* leave the path at {home}"):
+        ensure_corpus(tmp_path / "typo", **options)
+    assert not (tmp_path / "typo").exists()
+    assert ensure_corpus(f"{home}/", **options) == str(home)
+    assert ensure_corpus(raw, cache=tmp_path, **options).startswith(f"{tmp_path}/raw-")
+
+
+class TestSeveralProcesses:
+    """Ranks that need the same corpus at once; processes are forked, so that what is patched here holds there."""
+
+    context = multiprocessing.get_context("fork")
+
+    def start(self, *arguments, **options):
+        process = self.context.Process(target=ensure_corpus, args=arguments, kwargs=options)
+        process.start()
+        return process
+
+    def test_one_prepares_and_the_others_wait(self, raw, tmp_path, monkeypatch):
+        path, begun, meet = tmp_path / "corpus", self.context.Value("i", 0), self.context.Barrier(2)
+        monkeypatch.setattr(corpora, "open_source", lambda *_: meet.wait(60) and None or open_source(raw))
+
+        def counting(work, report):
+            with begun.get_lock():
+                begun.value += 1
+            return tokenize(work, report)
+
+        monkeypatch.setattr(corpora, "tokenize", counting)
+        processes = [self.start(path, source=str(raw), tokenizer="bytes") for _ in range(2)]
+        for process in processes:
+            process.join(60)
+        assert [process.exitcode for process in processes] == [0, 0]
+        assert begun.value == 1 and TokenCorpus(path / "train").num_documents == 1
+
+    def test_a_killed_holder_holds_up_nobody(self, raw, tmp_path, monkeypatch):
+        path, held, never = tmp_path / "corpus", self.context.Event(), self.context.Event()
+        with monkeypatch.context() as patch:
+            patch.setattr(corpora, "tokenize", lambda *_: held.set() or never.wait())
+            holder = self.start(path, source=str(raw), tokenizer="bytes")
+        assert held.wait(60)
+        holder.kill()
+        holder.join()
+        assert ensure_corpus(path, source=str(raw), tokenizer="bytes") == str(path)
 
 
 def test_raw_text_goes_into_the_cache_once(raw, tmp_path):
