@@ -1,0 +1,7 @@
+"""KV compression with sentinel tokens (arXiv 2310.08152): layout, sampler, cache, compressed contexts, generation."""
+
+from patches.rules_kinds import OPEN, PAD, PLAIN, SLOT
+from patches.sentinel.layout import SpanLayout
+from patches.sentinel.sentinels import Sentinels, add_sentinels, suppress
+
+__all__ = ["OPEN", "PAD", "PLAIN", "SLOT", "Sentinels", "SpanLayout", "add_sentinels", "suppress"]
