@@ -2,6 +2,21 @@
 
 from patches.rules_kinds import OPEN, PAD, PLAIN, SLOT
 from patches.sentinel.layout import SpanLayout
+from patches.sentinel.sampler import SpanSampler, achieved_ratio, mark_words, max_compression_ratio, sample_spans
 from patches.sentinel.sentinels import Sentinels, add_sentinels, suppress
 
-__all__ = ["OPEN", "PAD", "PLAIN", "SLOT", "Sentinels", "SpanLayout", "add_sentinels", "suppress"]
+__all__ = [
+    "OPEN",
+    "PAD",
+    "PLAIN",
+    "SLOT",
+    "Sentinels",
+    "SpanLayout",
+    "SpanSampler",
+    "achieved_ratio",
+    "add_sentinels",
+    "mark_words",
+    "max_compression_ratio",
+    "sample_spans",
+    "suppress",
+]
