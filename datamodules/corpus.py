@@ -6,14 +6,16 @@ Notable: a corpus travels to loader workers as its path; each process opens its 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from datamodules.corpus_format import (
     DOCUMENTS_FILE,
+    META_FILE,
     OFFSET_DTYPE,
     TOKEN_DTYPES,
     TOKENS_FILE,
@@ -21,9 +23,33 @@ from datamodules.corpus_format import (
     read_meta,
     token_dtype,
 )
+from datamodules.tokenizer_identity import tokenizer_identity
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 Int64Array = npt.NDArray[np.int64]
 RAW_BLOCK = 1 << 22
+
+
+def open_split(folder: str | Path, split: str) -> TokenCorpus:
+    """Open one split of a corpus folder.
+
+    Raises:
+        FileNotFoundError: no such folder or split; names those that are there.
+        ValueError: the split is damaged.
+    """
+    path = Path(folder) / split
+    if not (path / META_FILE).is_file():
+        splits = sorted(meta.parent.name for meta in Path(folder).glob(f"*/{META_FILE}"))
+        found = f"it has {', '.join(splits)}" if splits else "make it with python -m preprocess.tokenize"
+        raise FileNotFoundError(f"no split {split} in the corpus folder {folder}: {found}")
+    return TokenCorpus(path)
+
+
+def open_corpus(path: str | Path, *, split: str) -> TokenCorpus:
+    """Open one token corpus, or one split of a corpus folder; errors as `open_split`."""
+    return TokenCorpus(path) if (Path(path) / META_FILE).is_file() else open_split(path, split)
 
 
 class TokenCorpus:
@@ -102,6 +128,34 @@ class TokenCorpus:
     def identity(self) -> str:
         """Digest of content and options; checkpoints store it."""
         return str(self.meta["identity"])
+
+    def made_by(self, tokenizer: PreTrainedTokenizerFast) -> bool | None:
+        """Say whether this is the tokenizer that the corpus was made with; None if that is not known."""
+        made_by = self.meta.get("tokenizer")
+        return None if made_by is None else bool(made_by == tokenizer_identity(tokenizer))
+
+    def misfit(self, *, vocab_size: int | None, eos_token_ids: Collection[int]) -> str:
+        """Say why a model cannot read this corpus; empty if nothing known speaks against it.
+
+        Args:
+            vocab_size: token ids the model knows; None if unknown.
+            eos_token_ids: what the model takes for the end of a text; empty if unknown.
+        """
+        if vocab_size is not None and self.vocab_size > vocab_size:
+            return f"the corpus has {self.vocab_size} token ids but the model only {vocab_size}"
+        ends = self.eos_token_id if self.meta.get("append_eos", True) else None
+        if ends is not None and eos_token_ids and ends not in eos_token_ids:
+            model_ends = " or ".join(map(str, eos_token_ids))
+            return f"the corpus ends documents with token {ends} but the model with {model_ends}"
+        return ""
+
+    def contains(self, token_id: int) -> bool:
+        """Say whether a token occurs; reads the whole corpus unless the id lies outside its vocabulary."""
+        if not 0 <= token_id < self.vocab_size:
+            return False
+        tokens = self._token_map()
+        blocks = range(0, len(tokens), RAW_BLOCK)
+        return any(bool((tokens[start : start + RAW_BLOCK] == token_id).any()) for start in blocks)
 
     def read(self, start: int, stop: int) -> Int64Array:
         """Return tokens ``start .. stop - 1`` as a new int64 array.

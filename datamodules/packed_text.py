@@ -15,7 +15,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_warn
 
 from datamodules.batch import TokenBatch
-from datamodules.corpus import TokenCorpus
+from datamodules.corpus import TokenCorpus, open_split
 from datamodules.loading import PlainStateLoader, Share, TrainingBatches, TrainingPlan, ValidationBatches, make_loader
 from datamodules.windows import validation_rows, window_start
 
@@ -78,8 +78,9 @@ class PackedTextDataModule(pl.LightningDataModule):
 
     def _check_options(self) -> None:
         plan = self.plan
+        if plan.context_length < 2:
+            raise ValueError(f"context_length must be at least 2 (a token and its target), got {plan.context_length}")
         counts = {
-            "context_length": plan.context_length,
             "batch_size": plan.batch_size,
             "max_steps": plan.max_steps,
             "accumulate_grad_batches": plan.accumulate,
@@ -100,12 +101,12 @@ class PackedTextDataModule(pl.LightningDataModule):
     @cached_property
     def train_corpus(self) -> TokenCorpus:
         """The training split, opened on first use."""
-        return self._open(self.train_split)
+        return open_split(self.path, self.train_split)
 
     @cached_property
     def validation_corpus(self) -> TokenCorpus:
         """The validation split, opened on first use."""
-        return self._open(self.validation_split)
+        return open_split(self.path, self.validation_split)
 
     @property
     def tokenizer_path(self) -> str | None:
@@ -188,14 +189,6 @@ class PackedTextDataModule(pl.LightningDataModule):
             if state_dict[name] != mine[name]:
                 rank_zero_warn(f"{name} was {state_dict[name]} and is now {mine[name]}: other windows will be drawn")
         self.start_step = int(state_dict["step"])
-
-    def _open(self, split: str) -> TokenCorpus:
-        folder = self.path / split
-        if not folder.is_dir():
-            splits = sorted(child.parent.name for child in self.path.glob("*/meta.json"))
-            found = f"it has {', '.join(splits)}" if splits else "make it with python -m preprocess.tokenize"
-            raise FileNotFoundError(f"no split {split} in the corpus folder {self.path}: {found}")
-        return TokenCorpus(folder)
 
     def _share(self) -> Share:
         if self.trainer is None:

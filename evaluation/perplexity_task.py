@@ -6,7 +6,6 @@ evaluation continues, a changed one recomputes only what changed, and no number 
 
 from __future__ import annotations
 
-import json
 import platform
 import re
 import time
@@ -17,9 +16,21 @@ from typing import Any, Literal, get_args
 import torch
 import transformers
 
+from evaluation.compatibility import TokenizedCorpus, check_length, check_tokens
 from evaluation.figures import save_loss_by_position, save_perplexity_by_length
+from evaluation.loading import load_model
 from evaluation.perplexity import evaluate_perplexity
-from evaluation.results import csv_text, digest, git_commit, model_identity, text_table, write_json, write_text
+from evaluation.results import (
+    csv_text,
+    digest,
+    git_commit,
+    json_text,
+    model_identity,
+    read_json,
+    text_table,
+    write_json,
+    write_text,
+)
 from evaluation.scoring import choose_device
 
 Dtype = Literal["float32", "bfloat16", "float16", "bfloat16-mixed"]
@@ -33,11 +44,10 @@ class PerplexityTask:
 
     Args:
         models: a model folder (``save_pretrained``), or label -> folder; ``hub:NAME`` is a model of the hub.
-        data_path: corpus folder with splits, or one token corpus.
+        corpus: tokens to score (``datamodules.corpus.open_corpus``).
         lengths: context lengths (windows) to score at.
-        split: split of the corpus folder.
         stride: distance of the windows' starts, at most the shortest length; None: windows do not overlap.
-        max_tokens: score only the first so many tokens of the split.
+        max_tokens: score only the first so many tokens.
         batch_tokens: tokens of a forward, at least one window.
         bos_token_id: put before every window and counted in its length.
         dtype: of weights and arithmetic; ``bfloat16-mixed`` keeps float32 weights under autocast.
@@ -45,16 +55,16 @@ class PerplexityTask:
         progress: show a progress bar on the error stream.
 
     Raises:
-        ValueError: an option out of range, or a device that is not there.
-        FileNotFoundError: a model or the corpus does not exist.
+        ValueError: an option out of range, fewer tokens than the longest length needs, or a device that is not there.
+        FileNotFoundError: a model does not exist.
     """
 
     def __init__(
         self,
         models: dict[str, str] | str,
-        data_path: str,
+        corpus: TokenizedCorpus,
         lengths: list[int],
-        split: str = "validation",
+        *,
         stride: int | None = None,
         max_tokens: int | None = None,
         batch_tokens: int = 8192,
@@ -64,12 +74,12 @@ class PerplexityTask:
         progress: bool = True,
     ) -> None:
         self.models = {_label(models): models} if isinstance(models, str) else dict(models)
-        self.lengths = sorted(lengths)
+        self.corpus, self.lengths = corpus, sorted(lengths)
         self.stride, self.max_tokens, self.batch_tokens = stride, max_tokens, batch_tokens
         self.bos_token_id, self.dtype, self.progress = bos_token_id, dtype, progress
         self._check_numbers()
+        self._check_text()
         self.device = choose_device(device, dtype)
-        self.corpus_path = _corpus_folder(Path(data_path), split)
         for label, path in self.models.items():
             if not path.startswith(HUB) and not (Path(path) / "config.json").is_file():
                 raise FileNotFoundError(
@@ -83,36 +93,41 @@ class PerplexityTask:
         Files: ``results/*.json`` (one per model and length), ``metrics.json``, ``perplexity.csv``,
         ``predictions.jsonl`` (the sum of each window), ``perplexity_by_length.png``, ``loss_by_position.png``.
         """
-        from datamodules.corpus import TokenCorpus
-
-        corpus = TokenCorpus(self.corpus_path)
+        compared = {label: self._compare(label, path) for label, path in self.models.items()}
         described, results = {}, []
         for label, path in self.models.items():
             described[label] = {"path": path, "identity": _identity(path)}
-            results += self._run_model(label, path, described[label]["identity"], corpus, output / "results")
-        metrics = {"task": "perplexity", "protocol": self._protocol(corpus), "models": described, "results": results}
-        return _publish(metrics, output)
+            results += self._run_model(label, path, described[label]["identity"], output / "results")
+        protocol = self._protocol() | {"tokenizers": compared}
+        return _publish({"task": "perplexity", "protocol": protocol, "models": described, "results": results}, output)
 
-    def _run_model(self, label: str, path: str, identity: str, corpus: Any, folder: Path) -> list[dict[str, Any]]:
+    def _compare(self, label: str, path: str) -> str:
+        try:
+            check_length(path.removeprefix(HUB), self.lengths[-1])
+            return check_tokens(path.removeprefix(HUB), self.corpus)
+        except ValueError as error:
+            raise ValueError(f"model {label}: {error}") from error
+
+    def _run_model(self, label: str, path: str, identity: str, folder: Path) -> list[dict[str, Any]]:
         """Return the results of a model, from files where they exist; it is loaded only if one is missing."""
         results, model = [], None
         for length in self.lengths:
-            request = self._protocol(corpus) | {"model": identity, "length": length}
+            request = self._protocol() | {"model": identity, "length": length}
             file = folder / f"{re.sub(r'[^A-Za-z0-9._+-]+', '_', label)}-{length}-{digest(request)[:12]}.json"
             if file.is_file():
-                result = json.loads(file.read_text(encoding="utf-8"))
+                result = read_json(file)
             else:
                 model = self._load(path) if model is None else model
-                result = self._evaluate(model, corpus, length)
+                result = self._evaluate(model, length)
                 write_json(file, result)
             results.append({"model": label, "length": length} | result)
         return results
 
-    def _evaluate(self, model: Any, corpus: Any, length: int) -> dict[str, Any]:
+    def _evaluate(self, model: Any, length: int) -> dict[str, Any]:
         start = time.perf_counter()
         result = evaluate_perplexity(
             model,
-            corpus,
+            self.corpus,
             window=length,
             stride=self.stride,
             bos_token_id=self.bos_token_id,
@@ -124,17 +139,14 @@ class PerplexityTask:
         return result | {"seconds": time.perf_counter() - start}
 
     def _load(self, path: str) -> Any:
-        import models  # noqa: F401 - registers the suite's models with transformers' Auto classes
-
         dtype = torch.float32 if self.dtype == "bfloat16-mixed" else getattr(torch, self.dtype)
-        model = transformers.AutoModelForCausalLM.from_pretrained(path.removeprefix(HUB), dtype=dtype)
-        return model.to(self.device).eval()
+        return load_model(path.removeprefix(HUB), dtype=dtype, device=self.device)
 
-    def _protocol(self, corpus: Any) -> dict[str, Any]:
+    def _protocol(self) -> dict[str, Any]:
         """Everything besides model and length that a number depends on."""
         return {
-            "corpus": corpus.identity,
-            "num_tokens": min(corpus.num_tokens, self.max_tokens or corpus.num_tokens),
+            "corpus": self.corpus.identity,
+            "num_tokens": self._num_tokens(),
             "stride": self.stride,
             "bos_token_id": self.bos_token_id,
             "dtype": self.dtype,
@@ -146,6 +158,18 @@ class PerplexityTask:
                 "git": git_commit(),
             },
         }
+
+    def _num_tokens(self) -> int:
+        return min(self.corpus.num_tokens, self.max_tokens or self.corpus.num_tokens)
+
+    def _check_text(self) -> None:
+        # A window has a successor for each of its tokens; a BOS is none of the text's.
+        longest, needed = self.lengths[-1], self.lengths[-1] + (self.bos_token_id is None)
+        if self._num_tokens() < needed:
+            raise ValueError(
+                f"a length of {longest} needs {needed} tokens, the text has {self._num_tokens()}: "
+                "leave that length out or score more text"
+            )
 
     def _check_numbers(self) -> None:
         if not self.models:
@@ -160,6 +184,8 @@ class PerplexityTask:
             )
         if self.max_tokens is not None and self.max_tokens < 2:
             raise ValueError(f"max_tokens must be at least 2, got {self.max_tokens}")
+        if self.bos_token_id is not None and self.bos_token_id < 0:
+            raise ValueError(f"bos_token_id must be a token id, got {self.bos_token_id}")
         if self.batch_tokens < 1:
             raise ValueError(f"batch_tokens must be at least 1, got {self.batch_tokens}")
         if self.dtype not in get_args(Dtype):
@@ -172,7 +198,7 @@ def _publish(metrics: dict[str, Any], output: Path) -> dict[str, Any]:
     for result in metrics["results"]:
         for start, stop, first_target, nll_sum in result.pop("windows"):
             window = {"start": start, "stop": stop, "first_target": first_target, "nll_sum": nll_sum}
-            lines.append(json.dumps({"model": result["model"], "length": result["length"]} | window) + "\n")
+            lines.append(json_text({"model": result["model"], "length": result["length"]} | window) + "\n")
     write_text(output / "predictions.jsonl", "".join(lines))
     write_json(output / "metrics.json", metrics)
     write_text(output / "perplexity.csv", csv_text(metrics["results"], COLUMNS))
@@ -192,14 +218,3 @@ def _label(path: str) -> str:
 
 def _identity(path: str) -> str:
     return path if path.startswith(HUB) else model_identity(Path(path))
-
-
-def _corpus_folder(path: Path, split: str) -> Path:
-    if (path / "meta.json").is_file():
-        return path
-    if (path / split / "meta.json").is_file():
-        return path / split
-    if not path.is_dir():
-        raise FileNotFoundError(f"no corpus folder {path}: make it with python -m preprocess.tokenize")
-    splits = sorted(child.parent.name for child in path.glob("*/meta.json"))
-    raise FileNotFoundError(f"{path} has no split {split}: {'it has ' + ', '.join(splits) if splits else 'no corpus'}")

@@ -4,6 +4,7 @@ import csv
 import hashlib
 import io
 import json
+import math
 import os
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 READ_BLOCK = 1 << 20
+NOT_FINITE = "not_finite"
 
 
 def write_text(path: Path, text: str) -> None:
@@ -24,9 +26,51 @@ def write_text(path: Path, text: str) -> None:
     os.replace(partial, path)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON atomically."""
-    write_text(path, json.dumps(value, indent=1) + "\n")
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write strict JSON (see `json_text`) atomically."""
+    write_text(path, json_text(value, indent=1) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return what `write_json` wrote, numbers that are not finite included.
+
+    Raises:
+        ValueError: the file is no JSON object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): remove it") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} is damaged (a {type(value).__name__} instead of an object): remove it")
+    for entry in value.pop(NOT_FINITE, []):
+        node: Any = value
+        *parents, last = entry["place"]
+        for key in parents:
+            node = node[key]
+        node[last] = float(entry["value"])
+    return value
+
+
+def json_text(value: Mapping[str, Any], *, indent: int | None = None) -> str:
+    """Return strict JSON, which has no NaN and no infinity.
+
+    Such numbers become null, and ``not_finite`` lists them as ``{"place": [key, index, ...], "value": "nan"}``.
+    """
+    lost: list[dict[str, Any]] = []
+    plain = _strict(value, [], lost)
+    return json.dumps(plain | {NOT_FINITE: lost} if lost else plain, indent=indent, allow_nan=False)
+
+
+def _strict(value: Any, place: list[str | int], lost: list[dict[str, Any]]) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _strict(item, [*place, str(key)], lost) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(item, [*place, index], lost) for index, item in enumerate(value)]
+    if isinstance(value, float) and not math.isfinite(value):
+        lost.append({"place": place, "value": str(value)})
+        return None
+    return value
 
 
 def digest(value: Any) -> str:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig
 
+from evaluation.loading import load_model, load_tokenizer, max_positions
 from evaluation.results import write_text
 from evaluation.scoring import choose_device
 
@@ -32,7 +34,7 @@ class TextGeneration:
         dtype: dtype of the weights.
 
     Raises:
-        ValueError: no prompt or two, or an option out of range.
+        ValueError: no prompt or two, an empty or undecodable one, or an option out of range.
         FileNotFoundError: the model folder or the prompt file does not exist.
     """
 
@@ -52,29 +54,41 @@ class TextGeneration:
     ):
         if (prompt is None) == (prompt_file is None):
             raise ValueError("pass one of prompt='TEXT' and prompt_file=PATH")
-        if max_new_tokens < 1 or num_samples < 1:
-            raise ValueError(f"max_new_tokens and num_samples must be at least 1, got {max_new_tokens}, {num_samples}")
-        if temperature < 0 or not 0 < top_p <= 1:
-            raise ValueError(f"temperature must be >= 0 and top_p in (0, 1], got {temperature}, {top_p}")
-        if temperature == 0 and (num_samples > 1 or top_p < 1):
-            raise ValueError("num_samples and top_p need sampling: pass temperature above 0, 0.8 say")
-        if prompt_file is not None and not Path(prompt_file).is_file():
-            raise FileNotFoundError(f"prompt_file={prompt_file} does not exist")
-        if model_path.startswith((".", "/", "runs/")) and not (Path(model_path) / "config.json").is_file():
+        is_path = Path(model_path).is_dir() or model_path.startswith((".", "/", "runs/"))
+        if is_path and not (Path(model_path) / "config.json").is_file():
             raise FileNotFoundError(f"model.path={model_path} is no model folder: it has no config.json")
         self.model_path = model_path
-        self.prompt = prompt if prompt_file is None else Path(prompt_file).read_text(encoding="utf-8")
+        self.prompt = prompt if prompt_file is None else _read(prompt_file)
         self.max_new_tokens, self.num_samples, self.seed = max_new_tokens, num_samples, seed
         self.temperature, self.top_p = temperature, top_p
+        self._check_numbers()
         if not self.prompt:
             raise ValueError("the prompt is empty: give at least one character")
         self.device, self.dtype = choose_device(device, dtype), getattr(torch, dtype)
 
+    def _check_numbers(self) -> None:
+        if self.max_new_tokens < 1 or self.num_samples < 1:
+            numbers = f"{self.max_new_tokens} and {self.num_samples}"
+            raise ValueError(f"max_new_tokens and num_samples must be at least 1, got {numbers}")
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature must be 0 (greedy) or above, got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
+        if self.temperature == 0 and (self.num_samples > 1 or self.top_p < 1):
+            raise ValueError("num_samples and top_p need sampling: pass temperature above 0, 0.8 say")
+
     def run(self, output: Path | None = None) -> dict[str, Any]:
-        """Generate; return ``{"samples": [...]}`` and write ``generations.jsonl`` when a folder is given."""
-        tokenizer = AutoTokenizer.from_pretrained(self.model_path)
-        model = AutoModelForCausalLM.from_pretrained(self.model_path, dtype=self.dtype).to(self.device).eval()
-        inputs = tokenizer(self.prompt, return_tensors="pt", add_special_tokens=False).input_ids.to(self.device)
+        """Generate; return ``{"samples": [...]}`` and write ``generations.jsonl`` when a folder is given.
+
+        Raises:
+            ValueError: the model has no tokenizer, or the prompt no token or more than the model takes.
+        """
+        tokenizer = load_tokenizer(self.model_path)
+        if tokenizer is None:
+            raise ValueError(f"{self.model_path} has no tokenizer (tokenizer.json): put that of its text there")
+        inputs = self._encode(tokenizer)
+        model = load_model(self.model_path, dtype=self.dtype, device=self.device)
+        inputs = inputs.to(self.device)
         samples = []
         for index in range(self.num_samples):
             torch.manual_seed(self.seed + index)
@@ -94,15 +108,40 @@ class TextGeneration:
             write_text(output / "generations.jsonl", "".join(json.dumps(sample) + "\n" for sample in samples))
         return {"samples": samples}
 
+    def _encode(self, tokenizer: Any) -> torch.Tensor:
+        """Return the prompt's ids ``[1, T]``."""
+        ids = tokenizer(self.prompt, add_special_tokens=False).input_ids
+        limit = max_positions(AutoConfig.from_pretrained(self.model_path))
+        if not ids:
+            raise ValueError("the prompt has no token: the tokenizer of the model drops all of its characters")
+        if limit is not None and len(ids) + self.max_new_tokens > limit:
+            raise ValueError(
+                f"the prompt has {len(ids)} tokens and {self.max_new_tokens} are to be added, but the model takes "
+                f"{limit} in all: shorten the prompt or max_new_tokens"
+            )
+        return torch.tensor([ids])
+
     def _generate(self, model: Any, inputs: torch.Tensor) -> list[int]:
         sampling = {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
         options = sampling if self.temperature else {"do_sample": False}
+        padding, ends = model.config.pad_token_id, model.config.eos_token_id
+        if padding is None:  # never used with one row, but generate() warns without
+            padding = ends[0] if isinstance(ends, list) else ends or 0
         with torch.inference_mode():
             out = model.generate(
                 inputs,
                 attention_mask=torch.ones_like(inputs),
                 max_new_tokens=self.max_new_tokens,
-                pad_token_id=model.config.pad_token_id or model.config.eos_token_id or 0,
+                pad_token_id=padding,
                 **options,
             )
         return out[0, inputs.shape[1] :].tolist()
+
+
+def _read(path: str) -> str:
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"prompt_file={path} does not exist")
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"prompt_file={path} is not UTF-8 text (byte {error.start}): convert it") from error

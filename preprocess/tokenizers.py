@@ -1,18 +1,17 @@
 """Tokenizers: raw bytes, a folder or file, or a name on the hub; all as Hugging Face fast tokenizers.
 
-Notable: the identity of a tokenizer is the digest of what it does (its canonical ``tokenizer.json``), so the same
-tokenizer has the same identity wherever it lies.
+Notable: what a tokenizer is, is said by its identity (``datamodules.tokenizer_identity``), not by its name or place.
 """
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from datamodules.corpus_format import digest
+from datamodules.tokenizer_identity import canonical_backend as canonical_backend
+from datamodules.tokenizer_identity import tokenizer_identity as tokenizer_identity
 
 if TYPE_CHECKING:
     # Importing transformers takes seconds, and encoding processes import this module without needing it.
@@ -77,17 +76,6 @@ def wrap(backend: Tokenizer) -> PreTrainedTokenizerFast:
         extra_special_tokens=[LANDMARK],
         clean_up_tokenization_spaces=False,
     )
-
-
-def canonical_backend(tokenizer: PreTrainedTokenizerFast) -> str:
-    """Return ``tokenizer.json`` in one form: sorted keys, without the state of the last call (padding, truncation)."""
-    content = json.loads(tokenizer.backend_tokenizer.to_str())
-    return json.dumps(content | {"padding": None, "truncation": None}, sort_keys=True)
-
-
-def tokenizer_identity(tokenizer: PreTrainedTokenizerFast) -> str:
-    """Return ``sha256:...`` of what the tokenizer does, whatever its path or name."""
-    return f"sha256:{digest(json.loads(canonical_backend(tokenizer)))}"
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: str | Path) -> None:

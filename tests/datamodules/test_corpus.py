@@ -6,6 +6,8 @@ import pickle
 import numpy as np
 import pytest
 
+from datamodules import corpus as corpus_module
+from datamodules.corpus import open_corpus
 from datamodules.corpus_format import canonical_json, file_sha256, identity_of
 from datamodules.packed_text import TokenCorpus
 from preprocess.index import CorpusWriter
@@ -159,3 +161,37 @@ def test_a_bare_file_of_odd_length_is_refused(tmp_path):
     (tmp_path / "data").write_bytes(b"abc")
     with pytest.raises(ValueError, match="not a multiple"):
         TokenCorpus.from_raw(tmp_path / "data")
+
+
+def test_a_split_or_a_corpus_of_its_own_is_opened(tmp_path):
+    write(tmp_path / "corpus/validation")
+    assert open_corpus(tmp_path / "corpus", split="validation").num_documents == 4
+    assert open_corpus(str(tmp_path / "corpus/validation"), split="any").num_documents == 4
+    with pytest.raises(FileNotFoundError, match=r"no split test in the corpus folder .*corpus: it has validation"):
+        open_corpus(tmp_path / "corpus", split="test")
+    with pytest.raises(FileNotFoundError, match=r"nowhere: make it with python -m preprocess\.tokenize"):
+        open_corpus(tmp_path / "nowhere", split="test")
+
+
+def test_tokens_in_use_are_found_wherever_they_are(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus_module, "RAW_BLOCK", 3)
+    corpus = write(tmp_path / "corpus")
+    used = {5, 6, 7, 8, *range(200, 250), 256}
+    assert {token for token in range(-2, 400) if corpus.contains(token)} == used
+    assert not write(tmp_path / "empty", documents=[]).contains(5)
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "ends", "append_eos", "problem"),
+    [
+        (None, [], True, ""),
+        (300, [256], True, ""),
+        (299, [], True, "the corpus has 300 token ids but the model only 299"),
+        (1000, [1, 2], True, "the corpus ends documents with token 256 but the model with 1 or 2"),
+        (1000, [1, 256], True, ""),
+        (1000, [1], False, ""),
+    ],
+)
+def test_what_speaks_against_a_model_is_said(tmp_path, vocab_size, ends, append_eos, problem):
+    corpus = write(tmp_path / "corpus", append_eos=append_eos)
+    assert corpus.misfit(vocab_size=vocab_size, eos_token_ids=ends) == problem

@@ -197,7 +197,7 @@ def test_resuming_with_other_data_is_refused(corpus_folder, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"context_length": 0}, "context_length must be at least 1"),
+        ({"context_length": 1}, "context_length must be at least 2"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"max_steps": 0}, "max_steps must be at least 1"),
         ({"eval_lengths": [32, 0]}, "every number in eval_lengths must be at least 1"),
@@ -241,5 +241,5 @@ def test_splits_of_different_tokenizers_are_refused(tmp_path):
 def test_the_tokenizer_folder_is_offered_when_there(corpus_folder, tmp_path):
     assert make(corpus_folder).tokenizer_path is None
     (tmp_path / "tokenizer").mkdir()
-    module = PackedTextDataModule(tmp_path, context_length=1, batch_size=1, max_steps=1)
+    module = PackedTextDataModule(tmp_path, context_length=2, batch_size=1, max_steps=1)
     assert module.tokenizer_path == str(tmp_path / "tokenizer")

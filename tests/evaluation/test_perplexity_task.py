@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 
+from datamodules.corpus import open_corpus
 from evaluation import perplexity_task
 from evaluation.perplexity import evaluate_perplexity
 from evaluation.perplexity_task import PerplexityTask
@@ -30,7 +31,7 @@ def folders(tmp_path, llama, stream):
 def task(folders, **options):
     defaults = {
         "models": {"a": str(folders / "a" / "model"), "b": str(folders / "b")},
-        "data_path": str(folders / "corpus"),
+        "corpus": open_corpus(folders / "corpus", split="validation"),
         "lengths": [32, 8],
         "progress": False,
     }
@@ -83,7 +84,9 @@ def test_finished_lengths_are_not_repeated(folders, tmp_path, monkeypatch):
     assert task(folders).run(out)["results"] == first["results"]
 
 
-def test_another_protocol_or_model_is_never_served_old_numbers(folders, tmp_path, llama):
+def test_another_protocol_or_model_is_never_served_old_numbers(folders, tmp_path, llama, monkeypatch):
+    for figure in ("save_perplexity_by_length", "save_loss_by_position"):
+        monkeypatch.setattr(perplexity_task, figure, lambda *_: None)
     out = tmp_path / "out"
     numbers = [task(folders, models=str(folders / "b")).run(out)["results"][0]["nll_sum"]]
     numbers.append(task(folders, models=str(folders / "b"), max_tokens=100).run(out)["results"][0]["nll_sum"])
@@ -95,6 +98,21 @@ def test_another_protocol_or_model_is_never_served_old_numbers(folders, tmp_path
     assert len(set(numbers)) == len(numbers)
 
 
+def test_a_broken_model_gets_strict_json_and_the_same_table_twice(folders, tmp_path, llama):
+    with torch.no_grad():
+        kept = llama.lm_head.weight.clone()
+        llama.lm_head.weight.fill_(torch.nan)
+        llama.save_pretrained(folders / "b")
+        llama.lm_head.weight.copy_(kept)
+    out = tmp_path / "out"
+    first, again = (task(folders, models=str(folders / "b")).run(out) for _ in range(2))
+    assert first["table"] == again["table"] and " nan " in first["table"]
+    texts = [file.read_text() for file in out.glob("**/*.json")] + (out / "predictions.jsonl").read_text().splitlines()
+    for text in texts:
+        stored = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+        assert {entry["value"] for entry in stored["not_finite"]} == {"nan"}
+
+
 def test_labels_come_from_the_folder(folders):
     assert list(task(folders, models=str(folders / "a" / "model")).models) == ["a"]
     assert list(task(folders, models=str(folders / "b")).models) == ["b"]
@@ -102,7 +120,8 @@ def test_labels_come_from_the_folder(folders):
 
 
 def test_one_corpus_can_be_given_directly(folders, tmp_path):
-    direct = task(folders, data_path=str(folders / "corpus" / "validation"), models=str(folders / "b"))
+    corpus = open_corpus(folders / "corpus" / "validation", split="test")
+    direct = task(folders, corpus=corpus, models=str(folders / "b"))
     assert direct.run(tmp_path / "x")["results"][0]["num_targets"] == 149
 
 
@@ -116,6 +135,10 @@ def test_one_corpus_can_be_given_directly(folders, tmp_path):
         ({"stride": 9}, "stride must lie between 1 and the shortest length of 8"),
         ({"max_tokens": 1}, "max_tokens must be at least 2"),
         ({"batch_tokens": 0}, "batch_tokens must be at least 1"),
+        ({"bos_token_id": -1}, "bos_token_id must be a token id"),
+        ({"lengths": [8, 150]}, "a length of 150 needs 151 tokens, the text has 150"),
+        ({"lengths": [8, 151], "bos_token_id": 0}, "a length of 151 needs 151 tokens, the text has 150"),
+        ({"max_tokens": 32}, "a length of 32 needs 33 tokens, the text has 32"),
         ({"dtype": "float8"}, "dtype is one of"),
         ({"dtype": "float16", "device": "cpu"}, "float16 is unusably slow"),
         ({"device": "tpu9"}, "device must be"),
@@ -127,14 +150,15 @@ def test_bad_options_are_explained(folders, options, sentence):
         task(folders, **options)
 
 
-@pytest.mark.parametrize(
-    ("options", "sentence"),
-    [
-        ({"models": "nowhere"}, "model nowhere: nowhere is no model folder"),
-        ({"data_path": "nowhere"}, "no corpus folder nowhere"),
-        ({"split": "test"}, "no split test: it has validation"),
-    ],
-)
-def test_missing_paths_are_explained(folders, options, sentence):
-    with pytest.raises(FileNotFoundError, match=sentence):
-        task(folders, **options)
+def test_missing_models_are_explained(folders):
+    with pytest.raises(FileNotFoundError, match="model nowhere: nowhere is no model folder"):
+        task(folders, models="nowhere")
+
+
+def test_the_longest_length_that_the_text_allows(folders, tmp_path):
+    alone, with_bos = (
+        task(folders, models=str(folders / "b"), lengths=[149 + extra], bos_token_id=bos).run(tmp_path / f"{extra}")
+        for extra, bos in ((0, None), (1, 0))
+    )
+    assert alone["results"][0]["num_windows"] == 1 and alone["results"][0]["num_targets"] == 149
+    assert with_bos["results"][0]["num_windows"] == 1 and with_bos["results"][0]["num_targets"] == 150

@@ -1,10 +1,11 @@
 """Result files, identities and tables."""
 
 import json
+import math
 
 import pytest
 
-from evaluation.results import csv_text, digest, model_identity, text_table, write_json, write_text
+from evaluation.results import csv_text, digest, model_identity, read_json, text_table, write_json, write_text
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
@@ -18,6 +19,27 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         write_text(path, "half")
     assert json.loads(path.read_text()) == {"a": 1}
+
+
+def test_numbers_that_are_not_finite_are_null_with_their_reason(tmp_path):
+    path = tmp_path / "x.json"
+    value = {"loss": math.nan, "runs": [{"sums": [1.0, math.inf]}, {"low": -math.inf, "n": 3}], "fine": 0.5}
+    write_json(path, value)
+    stored = json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    reasons = stored.pop("not_finite")
+    assert stored == {"loss": None, "runs": [{"sums": [1.0, None]}, {"low": None, "n": 3}], "fine": 0.5}
+    assert reasons[0] == {"place": ["loss"], "value": "nan"}
+    assert [entry["value"] for entry in reasons] == ["nan", "inf", "-inf"]
+    restored = read_json(path)
+    assert math.isnan(restored.pop("loss"))
+    assert restored == {name: item for name, item in value.items() if name != "loss"}
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", "3"])
+def test_damaged_results_are_named(tmp_path, content):
+    (tmp_path / "x.json").write_text(content)
+    with pytest.raises(ValueError, match=r"x\.json is damaged"):
+        read_json(tmp_path / "x.json")
 
 
 def test_digest_ignores_the_order_of_keys_only():

@@ -73,7 +73,7 @@ class TestSeveralProcesses:
 
     def test_one_prepares_and_the_others_wait(self, raw, tmp_path, monkeypatch):
         path, begun, meet = tmp_path / "corpus", self.context.Value("i", 0), self.context.Barrier(2)
-        monkeypatch.setattr(corpora, "open_source", lambda *_: meet.wait(60) and None or open_source(raw))
+        monkeypatch.setattr(corpora, "open_source", lambda *_: (meet.wait(60) and None) or open_source(raw))
 
         def counting(work, report):
             with begun.get_lock():
