@@ -52,4 +52,6 @@ def check_length(name: str, length: int) -> None:
     """Raise ValueError if a model has no position embedding for the last of ``length`` tokens."""
     config = AutoConfig.from_pretrained(name)
     if has_position_table(config) and length > (max_positions(config) or 0):
-        raise ValueError(f"the model has {max_positions(config)} positions, too few for a length of {length}: leave it out")
+        raise ValueError(
+            f"the model has {max_positions(config)} positions, too few for a length of {length}: leave it out"
+        )
