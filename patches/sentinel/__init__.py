@@ -1,6 +1,8 @@
 """KV compression with sentinel tokens (arXiv 2310.08152): layout, sampler, cache, compressed contexts, generation."""
 
 from patches.rules_kinds import OPEN, PAD, PLAIN, SLOT
+from patches.sentinel.cache import EvictingCache
+from patches.sentinel.forward import masked_forward, recurrent_forward
 from patches.sentinel.layout import SpanLayout
 from patches.sentinel.sampler import SpanSampler, achieved_ratio, mark_words, max_compression_ratio, sample_spans
 from patches.sentinel.sentinels import Sentinels, add_sentinels, suppress
@@ -10,13 +12,16 @@ __all__ = [
     "PAD",
     "PLAIN",
     "SLOT",
+    "EvictingCache",
     "Sentinels",
     "SpanLayout",
     "SpanSampler",
     "achieved_ratio",
     "add_sentinels",
     "mark_words",
+    "masked_forward",
     "max_compression_ratio",
+    "recurrent_forward",
     "sample_spans",
     "suppress",
 ]
