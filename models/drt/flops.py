@@ -21,7 +21,7 @@ def flops_per_token(config: DRTConfig, context_length: int) -> float:
     readable = [max(0, number - 1) for number in range(num_chunks)]
     chunks_read = sum(min(count, config.chunk_top_k) for count in readable) / num_chunks
     chunks_visible = sum(readable) / num_chunks
-    kv_share = config.num_key_value_heads / config.num_attention_heads
+    kv_share = config.num_kv_heads / config.num_attention_heads
     num_upper = sum(config.layers_per_group)
     window = attention_flops(size, mean_window_keys(context_length * per_text, config.window_size))
     blocks = config.num_hidden_layers * (block_flops(size, config.intermediate_size, kv_share) + window)
@@ -29,7 +29,7 @@ def flops_per_token(config: DRTConfig, context_length: int) -> float:
     encoder = config.num_encoder_layers * (
         block_flops(size, config.intermediate_size, 1.0) + attention_flops(size, chunk + 1)
     )
-    memory = 4 * size**2 * config.chunk_num_key_value_heads / config.num_attention_heads
+    memory = 4 * size**2 * config.chunk_num_kv_heads / config.num_attention_heads
     scores = len(config.layers_per_group) * 2 * size * chunks_visible / chunk
     head = 2 * size * config.vocab_size
     return FORWARD_AND_BACKWARD * (per_text * (blocks + cross + encoder) + memory + scores + head)

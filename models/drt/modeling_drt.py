@@ -62,7 +62,7 @@ class DRTModel(nn.Module):
             size,
             config.intermediate_size,
             config.num_attention_heads,
-            config.num_key_value_heads,
+            config.num_kv_heads,
             config.rms_norm_eps,
         )
         encoder_shape = BlockShape(
@@ -72,7 +72,7 @@ class DRTModel(nn.Module):
             config.num_attention_heads,
             config.encoder_rms_norm_eps,
         )
-        memory_size = config.chunk_num_key_value_heads * config.head_dim
+        memory_size = config.chunk_num_kv_heads * config.head_dim
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
         self.lower_layers = nn.ModuleList(DecoderBlock(shape, index) for index in range(config.num_lower_layers))
         self.encoder_pre_norm = RMSNorm(size, config.rms_norm_eps)

@@ -29,7 +29,7 @@ class SlidingWindowModel(nn.Module):
             config.hidden_size,
             config.intermediate_size,
             config.num_attention_heads,
-            config.num_key_value_heads,
+            config.num_kv_heads,
             config.rms_norm_eps,
         )
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
@@ -85,7 +85,7 @@ class SlidingWindowLMForCausalLM(CausalLanguageModel):
         3 x forward; forward = layers x (projections and MLP + 4 M x mean keys in the window) + 2 M V.
         """
         config = self.config
-        kv_share = config.num_key_value_heads / config.num_attention_heads
+        kv_share = config.num_kv_heads / config.num_attention_heads
         keys = mean_window_keys(context_length, config.window_size)
         block = block_flops(config.hidden_size, config.intermediate_size, kv_share)
         layers = config.num_hidden_layers * (block + attention_flops(config.hidden_size, keys))

@@ -19,6 +19,8 @@ from models.sliding_window_lm import SlidingWindowLMConfig
         ({"landmark_token_id": 64}, "landmark_token_id must lie in"),
         ({"pad_token_id": -1}, "pad_token_id must lie in"),
         ({"landmark_token_id": 61}, "landmark_token_id must be a token of its own"),
+        ({"landmark_token_id": 60, "eos_token_id": 60}, "landmark_token_id must be a token of its own"),
+        ({"landmark_token_id": 60, "bos_token_id": 60}, "landmark_token_id must be a token of its own"),
         ({"eos_token_id": 400}, "eos_token_id must lie in"),
         ({"window_size": 0}, "window_size must be an integer of at least 1"),
         ({"chunk_size": 0}, "chunk_size must be"),
