@@ -1,0 +1,168 @@
+"""Read a query, and then generated tokens, behind an encoded context.
+
+Notable: the tokens' own keys go into buffers allocated once; the context is neither copied nor changed.
+
+Legend: B batch, L layers, H heads, G kv heads, T tokens of a call, D head size, M model width, K pieces.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from patches.parallel_context.cache import PieceCache
+from patches.parallel_context.dispatch import attend, visible_window
+from patches.parallel_context.families import check_positions
+from patches.parallel_context.hook import AttentionCall, ModelHook
+from patches.parallel_context.key_groups import Block, KeyPart, find_blocks
+from patches.parallel_context.meters import Recorder
+from patches.parallel_context.patch import ParallelContext
+from patches.parallel_context.problem import Own, Problem
+from patches.parallel_context.selector import Selector
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a query reads: parts of every layer, and where the query begins."""
+
+    layers: Sequence[tuple[KeyPart, ...]]
+    num_pieces: tuple[int, ...]
+    start: Tensor
+    """``[B]`` on the host: position of the first query token."""
+
+    @classmethod
+    def of(cls, state: PieceCache) -> "Context":
+        """Return the context that a cache holds."""
+        return cls([(part,) for part in state.parts()], tuple(state.num_pieces), state.next_position.cpu())
+
+
+class QueryPass:
+    """One query of a batch while it is read and continued."""
+
+    def __init__(
+        self, hook: ModelHook, context: Context, *, options: ParallelContext, capacity: int, recorder: Recorder
+    ) -> None:
+        """Prepare to read at most ``capacity`` tokens per row."""
+        self.hook, self.options, self.recorder = hook, options, recorder
+        self.layers = list(context.layers)
+        self.num_pieces = context.num_pieces
+        self.selector = Selector(options.selection, context.num_pieces)
+        batch = len(context.num_pieces)
+        self.read = [0] * batch
+        """Valid tokens of each row so far."""
+        self._start, self._capacity = context.start, capacity
+        self._used = 0
+        self._keys: list[Tensor | None] = [None] * hook.num_layers
+        self._values: list[Tensor | None] = [None] * hook.num_layers
+        self._places = torch.zeros(batch, capacity, dtype=context.start.dtype)
+        self._valid = torch.zeros(batch, capacity, dtype=torch.bool)
+        self._on_device: dict[tuple[str, torch.device], Tensor] = {}
+        self._blocks: dict[tuple[int, ...], Sequence[Block]] = {}
+        self._lengths: list[int] = []
+
+    def forward(self, token_ids: Tensor, lengths: list[int]) -> Tensor:
+        """Read ``[B, T]`` tokens, of which row b has ``lengths[b]`` valid ones at its left.
+
+        Returns:
+            Hidden states ``[B, T, M]``; those of padding are arbitrary.
+        """
+        width = token_ids.shape[1]
+        step = torch.arange(width)
+        places = self._start[:, None] + torch.tensor(self.read)[:, None] + step
+        slots = slice(self._used, self._used + width)
+        self._places[:, slots] = places
+        self._valid[:, slots] = step < torch.tensor(lengths)[:, None]
+        self._lengths, self._on_device = lengths, {}
+        greatest = (self._start + torch.tensor(self.read) + torch.tensor(lengths) - 1).max()
+        check_positions(self.hook.model, float(greatest))
+        device = self.hook.device
+        if self.selector.two_pass:
+            self.selector.begin_first_pass()
+            self.hook.forward(token_ids.to(device), places.to(device), self._collect)
+            self.selector.end_first_pass(lengths)
+        self.recorder.start(self._valid[:, slots])
+        hidden = self.hook.forward(token_ids.to(device), places.to(device), self._attend)
+        self._used += width
+        self.read = [count + new for count, new in zip(self.read, lengths, strict=True)]
+        return hidden
+
+    def live_slots(self) -> list[int]:
+        """Return the context slots that each layer stores per row and kv head."""
+        return [sum(part.keys.shape[2] for part in parts) for parts in self.layers]
+
+    def _collect(self, call: AttentionCall) -> Tensor:
+        """Attend without selection; the selector takes the scores."""
+        problem = self._problem(call)
+        self.selector.prepare(call.layer, problem, self._lengths)
+        return attend(problem, frozenset(), self.options.implementation).output
+
+    def _attend(self, call: AttentionCall) -> Tensor:
+        problem = self._problem(call)
+        selection, scores = self.selector.prepare(call.layer, problem, self._lengths)
+        problem = replace(problem, selection=selection, scores=scores)
+        found = attend(problem, self.recorder.wants, self.options.implementation)
+        self.recorder.add(call.query, found)
+        return found.output
+
+    def _problem(self, call: AttentionCall) -> Problem:
+        """Store the new keys of a layer and state its attention."""
+        stop = self._used + call.query.shape[2]
+        keys, values = self._store(call, stop)
+        parts = self.layers[call.layer]
+        window = self._window(call)
+        ragged = not bool(self._valid[:, : self._used].all())
+        places = None if window is None else self._host("places", self._places[:, :stop], call.query.device)
+        own = Own(
+            keys,
+            values,
+            valid=self._host("valid", self._valid[:, :stop], call.query.device) if ragged else None,
+            positions=places,
+        )
+        return Problem(
+            call.query,
+            parts,
+            own,
+            scale=call.scale,
+            num_pieces=self.num_pieces,
+            softcap=call.softcap,
+            window=window,
+            positions=None if places is None else places[:, self._used :],
+            ape=self.options.ape,
+            workspace=self.options.workspace,
+            blocks=self._layout(parts, keys.shape[1]),
+        )
+
+    def _store(self, call: AttentionCall, stop: int) -> tuple[Tensor, Tensor]:
+        """Write the new own keys and values; returns all so far ``[B, G, stop, D]``."""
+        both = []
+        for buffers, new in ((self._keys, call.key), (self._values, call.value)):
+            buffer = buffers[call.layer]
+            if buffer is None:
+                buffer = new.new_zeros(*new.shape[:2], self._capacity, new.shape[3])
+                buffers[call.layer] = buffer
+            buffer[:, :, self._used : stop] = new
+            both.append(buffer[:, :, :stop])
+        return both[0], both[1]
+
+    def _window(self, call: AttentionCall) -> int | None:
+        """Return the window of a layer if it hides anything."""
+        return visible_window(call.window, float(self._places.max()), self._least())
+
+    def _least(self) -> float:
+        """Return a position that no key lies below."""
+        return min(0.0, float(self._start.min()))
+
+    def _host(self, name: str, tensor: Tensor, device: torch.device) -> Tensor:
+        """Return a tensor of this call on a device, moved once."""
+        key = (name, device)
+        if key not in self._on_device:
+            self._on_device[key] = tensor.to(device)
+        return self._on_device[key]
+
+    def _layout(self, parts: tuple[KeyPart, ...], num_heads: int) -> Sequence[Block]:
+        """Return the blocks of a layer; layers with the same counts share them."""
+        name = tuple(id(part.counts) for part in parts)
+        if name not in self._blocks:
+            self._blocks[name] = find_blocks(parts, self.num_pieces, num_heads)
+        return self._blocks[name]
