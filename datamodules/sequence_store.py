@@ -20,13 +20,16 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from datamodules.corpus_format import META_FILE, digest, identity_of
+
+if TYPE_CHECKING:
+    # Importing torch takes seconds; what writes stores, in several processes, has no need of it.
+    import torch
 
 FORMAT = "token-sequences"
 VERSION = 1
@@ -95,12 +98,16 @@ class SequenceStore:
 
     def valid(self, number: int) -> torch.Tensor:
         """Return which targets of a sequence count, bool [T]: first_target <= t < num_tokens - 1."""
+        import torch
+
         _, _, num_tokens, first_target = (int(value) for value in self.index[number])
         valid = torch.zeros(self.length - 1, dtype=torch.bool)
         valid[first_target : num_tokens - 1] = True
         return valid
 
     def __getitem__(self, number: int) -> StoredSequence:
+        import torch
+
         if not 0 <= number < len(self):
             raise IndexError(f"sequence {number} of {len(self)}")
         tokens = self._token_map()[number]

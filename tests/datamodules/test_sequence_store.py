@@ -7,29 +7,15 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from scored_cases import LENGTH, write_sequences
 
 from datamodules.corpus_format import canonical_json, digest, identity_of
 from datamodules.sequence_store import SequenceStore, open_sequences
-from preprocess.chunk_cut import chunk_document
-from preprocess.chunk_store import SequenceWriter
-
-LENGTH = 10
-
-
-def write(folder, *, length=LENGTH, tail="align", bos_token_id=None, sizes=(25, 4, 10, 61), tokenizer=None):
-    folder.mkdir(parents=True)
-    writer, draw = SequenceWriter(folder, length), np.random.default_rng(3)
-    for document, size in enumerate(sizes):
-        ids = draw.integers(1, 500, size=size)
-        for chunk in chunk_document(ids, length, tail=tail, bos_token_id=bos_token_id):
-            writer.add(document, chunk)
-    writer.finish(bos_token_id=bos_token_id, tail=tail, parity=False, tokenizer=tokenizer, source="test")
-    return SequenceStore(folder)
 
 
 @pytest.fixture
 def store(tmp_path):
-    return write(tmp_path / "store")
+    return write_sequences(tmp_path / "store")
 
 
 def test_an_item_is_the_sequence_its_targets_and_its_number(store):
@@ -45,7 +31,7 @@ def test_an_item_is_the_sequence_its_targets_and_its_number(store):
         assert item["valid"].sum() == store.num_targets[number] > 0
         assert (item["input_ids"][size:] == 0).all()
     assert store.num_targets.sum() == store.meta["num_targets"] == 24 + 3 + 9 + 60
-    assert {first for first in store.index[:, 3].tolist()} == {0, 3}
+    assert set(store.index[:, 3].tolist()) == {0, 3}
     for number in (-1, len(store)):
         with pytest.raises(IndexError, match=f"sequence {number} of 12"):
             store[number]
@@ -57,7 +43,7 @@ def test_items_are_the_callers_to_change(store):
 
 
 def test_a_store_travels_without_its_tokens(tmp_path):
-    store = write(tmp_path / "store", sizes=[5000])
+    store = write_sequences(tmp_path / "store", sizes=[5000])
     expected = store[17]["input_ids"].tolist()
     sent = pickle.dumps(store)
     assert len(sent) < 40_000 < (store.path / "tokens.npy").stat().st_size * 2
@@ -65,9 +51,9 @@ def test_a_store_travels_without_its_tokens(tmp_path):
 
 
 def test_the_id_depends_on_content_and_options_not_on_the_place(tmp_path, store):
-    assert write(tmp_path / "deep/same").store_id == store.store_id
+    assert write_sequences(tmp_path / "deep/same").store_id == store.store_id
     others = [{"tail": "pad"}, {"bos_token_id": 9}, {"length": 11}, {"sizes": (25, 4, 10, 60)}, {"tokenizer": "x"}]
-    ids = {write(tmp_path / str(i), **options).store_id for i, options in enumerate(others)}
+    ids = {write_sequences(tmp_path / str(i), **options).store_id for i, options in enumerate(others)}
     assert len(ids | {store.store_id}) == 6
     meta = store.meta
     identity = {name: meta[name] for name in ("format", "version", "length", "bos_token_id", "tail", "parity")}
@@ -85,7 +71,7 @@ def test_a_flipped_token_is_found_when_it_is_read(store):
     file.write_bytes(content)
     damaged = SequenceStore(store.path)
     damaged[1], damaged[3]
-    with pytest.raises(ValueError, match="sequence 2 of .* is damaged"):
+    with pytest.raises(ValueError, match=r"sequence 2 of .* is damaged"):
         damaged[2]
 
 
