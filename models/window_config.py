@@ -1,6 +1,6 @@
 """What the configurations of the window-attention models have in common.
 
-Notable: transformers turns configuration classes into dataclasses, so a field is one annotated line, and a subclass adds
+Notable: transformers turns configuration classes into dataclasses, so a field is one annotated line and a subclass adds
 its own. ``__post_init__`` derives and checks.
 """
 

@@ -82,7 +82,10 @@ def _exact_products(device: torch.device) -> Iterator[None]:
     try:
         yield
     finally:
-        backend.fp32_precision = before
+        # Reading resolves what is inherited from torch.backends; it stays inherited where that gives the same.
+        backend.fp32_precision = "none"
+        if backend.fp32_precision != before:
+            backend.fp32_precision = before
 
 
 def _select(

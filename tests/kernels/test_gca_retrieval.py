@@ -152,6 +152,20 @@ def test_precision_setting_is_neither_used_nor_changed():
     torch.testing.assert_close(scores, expected, atol=2e-6, rtol=0)
 
 
+@pytest.mark.parametrize("own", ["none", "tf32", "ieee"])
+def test_an_inherited_precision_stays_inherited(own):
+    backend = torch.backends.mkldnn.matmul
+    values, before = torch.ones(1, 4, 8), (torch.backends.fp32_precision, backend.fp32_precision)
+    try:
+        torch.backends.fp32_precision, backend.fp32_precision = "bf16", own
+        retrieve_chunks(values, values, 2)
+        assert backend.fp32_precision == ("bf16" if own == "none" else own)
+        torch.backends.fp32_precision = "ieee"
+        assert backend.fp32_precision == ("ieee" if own == "none" else own)
+    finally:
+        torch.backends.fp32_precision, backend.fp32_precision = before
+
+
 @pytest.mark.parametrize("options", [
     {"top_k": 0}, {"visible": "all"}, {"visible": torch.zeros(1, 4, 3)}, {"visible": torch.zeros(3, 4, 2).long()},
     {"noise": "normal"}, {"noise": torch.zeros(1, 4, 4)},
