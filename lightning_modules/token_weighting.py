@@ -1,0 +1,240 @@
+"""Long-context fine-tuning with a weight for every token, from its losses with long and with short context.
+
+Notable: the gradient of an optimiser step is that of ``sum(w_t L_t) / N`` over all ranks, micro-batches and valid
+targets, N being the valid targets of the whole step, whatever the number of ranks or the lengths of the rows.
+
+Letters: B batch, C tokens, T = C - 1 targets, M model width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lightning_modules.causal_lm import CausalLMModule
+from lightning_modules.fine_tuning import build_model, mixed_seed
+from lightning_modules.non_finite_steps import NonFiniteSteps
+from lightning_modules.optimization import Optimization
+from lightning_modules.step_targets import StepTargets
+from lightning_modules.weighting_metrics import Sums, add_sums, reduce_sums, weighting_report, weighting_sums
+from losses.base_scoring import plan_windows, score_base_nll, unpack_scores
+from losses.output_head import hidden_states, output_head, verify_head
+from losses.token_weights import TokenWeighting, weighted_nll_sum
+
+IGNORED = -100
+MAX_SKIPPED_STEPS = 10
+
+
+class TokenWeightedLM(CausalLMModule):
+    """Fine-tune a Hugging Face causal LM with weighted targets (token weighting, LongCE, PPMI, ...).
+
+    Args:
+        model: folder or hub name, a function that builds the model, or the model itself.
+        weighting: a `TokenWeighting`, a mapping of its fields, or the name of a preset.
+        scorer: ``self``: the model in training scores the short contexts; ``frozen``: the batch brings the scores.
+        base_length: tokens of a short context.
+        base_stride: distance of two short contexts.
+        tail: what happens to a last window that does not fit, see `losses.base_scoring.plan_windows`.
+        layout: how windows are laid out in the scoring pass, see `losses.base_scoring.score_base_nll`.
+        windows_per_forward: bound of the windows scored at once.
+        bos_token_id: token that replaces the first of every window in rows that begin with it.
+        rope_theta: new rotary base, see `models.pretrained.override_rope`.
+        context_length: new ``max_position_embeddings``.
+        keep_rope_scaling: keep the model's rotary scaling when its base changes.
+        lora: options of ``peft.LoraConfig``: only adapters train.
+        chunk_size: rows of the output head at once.
+        position_edges: borders of the position buckets of the logged cross entropy.
+        seed: seed of random fillings and of everything random in a step.
+        learning_rate: constant rate after warm-up.
+        betas: AdamW moments.
+        eps: AdamW epsilon.
+        weight_decay: decoupled decay of all trained parameters.
+        warmup_steps: steps of linear warm-up.
+        gradient_checkpointing: recompute activations in the backward pass.
+        compile: ``torch.compile`` the model in place.
+
+    Raises:
+        ValueError: options that contradict each other, or a model whose logits cannot be computed from its head.
+    """
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | Callable[[], PreTrainedModel],
+        weighting: TokenWeighting | Mapping[str, Any] | str,
+        *,
+        scorer: Literal["self", "frozen"] = "self",
+        base_length: int = 8192,
+        base_stride: int = 6144,
+        tail: Literal["align", "short", "strict"] = "align",
+        layout: Literal["auto", "batched", "packed"] = "auto",
+        windows_per_forward: int | None = None,
+        bos_token_id: int | None = None,
+        rope_theta: float | None = None,
+        context_length: int | None = None,
+        keep_rope_scaling: bool = False,
+        lora: Mapping[str, Any] | None = None,
+        chunk_size: int | None = None,
+        position_edges: Sequence[int] = (0, 8192, 16384, 32768),
+        seed: int = 42,
+        learning_rate: float = 2e-5,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        warmup_steps: int = 20,
+        gradient_checkpointing: bool = False,
+        compile: bool = False,
+    ):
+        rope = {"rope_theta": rope_theta, "context_length": context_length, "keep_rope_scaling": keep_rope_scaling}
+        super().__init__(
+            lambda: build_model(model, lora=lora, **rope),
+            optimization=Optimization(
+                lr=learning_rate,
+                betas=betas,
+                eps=eps,
+                weight_decay=weight_decay,
+                decay="all",
+                schedule="constant",
+                warmup_steps=warmup_steps,
+            ),
+            max_steps=None,
+            seed=seed,
+            gradient_checkpointing=gradient_checkpointing,
+            compile=compile,
+        )
+        self.weighting = as_weighting(weighting)
+        if scorer not in ("self", "frozen"):
+            raise ValueError(f"scorer is one of self, frozen, got {scorer!r}")
+        self.scorer, self.chunk_size, self.position_edges = scorer, chunk_size, tuple(position_edges)
+        self.windows: dict[str, Any] = {
+            "base_length": base_length,
+            "base_stride": base_stride,
+            "tail": tail,
+            "layout": layout,
+            "windows_per_forward": windows_per_forward,
+            "bos_token_id": bos_token_id,
+            "chunk_size": chunk_size,
+        }
+        plan_windows(2 * base_length, base_length, base_stride, "align")  # refuses impossible sizes now
+        self.step_targets, self.skipping = StepTargets(), NonFiniteSteps(MAX_SKIPPED_STEPS)
+        self.sums: Sums | None = None
+        if isinstance(model, PreTrainedModel):
+            self.configure_model()
+
+    def configure_model(self) -> None:
+        """Build the model, wrap it with adapters, and make sure that its head computes its logits."""
+        if hasattr(self, "model"):
+            return
+        super().configure_model()
+        verify_head(self.model)
+
+    def loss(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Sums]:
+        """Weighted loss of a micro-batch: score the short contexts, run the long one, weigh, add up.
+
+        Args:
+            batch: ``input_ids`` int64 [B, C], ``valid`` bool [B, T], ``sequence_index`` int64 [B] and, with
+                ``scorer="frozen"``, ``base_nll_bits`` int32 [B, T].
+
+        Returns:
+            ``sum(w_t L_t)`` float32, the number of valid targets, and detached sums that describe them.
+
+        Raises:
+            ValueError: a frozen scorer without scores in the batch.
+        """
+        input_ids, valid = batch["input_ids"], batch["valid"]
+        base_nll = self.base_nll(batch)
+        nll = self.target_nll(input_ids, valid)
+        weights = self.weighting.weights(nll.detach(), base_nll, valid, generator=self.generators(batch))
+        loss_sum, num_targets = weighted_nll_sum(nll, weights, valid)
+        return loss_sum, num_targets, weighting_sums(nll, base_nll, weights, valid, edges=self.position_edges)
+
+    def target_nll(self, input_ids: Tensor, valid: Tensor) -> Tensor:
+        """Loss of every target with its full context, float32 [B, T]; 0 where ``valid`` is False."""
+        hidden = hidden_states(self.model, input_ids)[:, :-1]
+        targets = torch.where(valid, input_ids[:, 1:], IGNORED)
+        nll = output_head(self.model).nll(hidden.flatten(0, 1), targets.flatten(), chunk_size=self.chunk_size)
+        return nll.view_as(targets)
+
+    def base_nll(self, batch: Mapping[str, Tensor]) -> Tensor | None:
+        """Loss of every target with a short context, float32 [B, T], NaN where there is none; None if not needed."""
+        if not self.weighting.needs_base_nll:
+            return None
+        if self.scorer == "frozen":
+            if "base_nll_bits" not in batch:
+                raise ValueError("scorer=frozen needs scores in the batch: pass scores=FOLDER to the datamodule")
+            return unpack_scores(batch["base_nll_bits"])
+        scores = score_base_nll(self.model, batch["input_ids"], valid=batch["valid"], **self.windows)
+        if self.weighting.parity:  # the published prefix is one target longer
+            scores[:, self.windows["base_length"] - 1 : self.windows["base_length"]] = torch.nan
+        return scores
+
+    def generators(self, batch: Mapping[str, Tensor]) -> list[torch.Generator] | torch.Generator | None:
+        """One generator for each row from (seed, sequence, step): neighbours and ranks change nothing."""
+        if self.weighting.zero_fill != "random":
+            return None
+        made = [
+            torch.Generator().manual_seed(mixed_seed(self.seed, index, self.global_step))
+            for index in batch["sequence_index"].tolist()
+        ]
+        return made[0] if self.weighting.parity else made
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Any]:
+        """Return the share of the step's loss that this micro-batch is."""
+        self.seed_micro_batch(batch_idx)
+        loss_sum, num_targets, sums = self.loss(batch)
+        self.sums = add_sums(self.sums, sums)
+        factor = self.step_targets.factor(
+            batch,
+            num_targets,
+            accumulate=self.trainer.accumulate_grad_batches,
+            num_ranks=self.trainer.world_size,
+            last=self.ends_step(batch_idx),
+        )
+        self.skipping.watch(loss_sum)
+        return {"loss": loss_sum * factor, "nll_sum": loss_sum.detach(), "num_targets": num_targets}
+
+    def ends_step(self, batch_idx: int) -> bool:
+        """Whether the optimiser steps after this micro-batch: the window is full, or the epoch ends."""
+        return (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0 or self.trainer.is_last_batch
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Log what the step's weights were, at logging steps only: the ranks meet and the host waits."""
+        if not self.ends_step(batch_idx):
+            return
+        sums, self.sums = self.sums, None
+        if sums is None or self.global_step % self.trainer.log_every_n_steps:
+            return
+        for name, value in weighting_report(reduce_sums(sums), edges=self.position_edges).items():
+            self.log(f"train/{name}", value)
+        self.log("train/skipped_steps", float(self.skipping.skipped))
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip, then drop the step if its loss or gradient is not finite on any rank."""
+        super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        if self.trainer.precision != "16-mixed":  # its scaler skips by itself
+            self.skipping.end_step(self.parameters(), self.grad_norm)
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
+        """Return unweighted scores: ``nll`` float32 [B, T] and ``counted`` bool [B, T]."""
+        return {"nll": self.target_nll(batch["input_ids"], batch["valid"]), "counted": batch["valid"]}
+
+
+def as_weighting(given: TokenWeighting | Mapping[str, Any] | str) -> TokenWeighting:
+    """A `TokenWeighting` from itself, its fields (with ``preset`` for those of a preset), or a preset's name."""
+    if isinstance(given, TokenWeighting):
+        return given
+    fields = {"preset": given} if isinstance(given, str) else dict(given)
+    if "preset" in fields:
+        return TokenWeighting.preset(fields.pop("preset"), **fields)
+    try:
+        return TokenWeighting(**fields)
+    except TypeError as error:
+        raise ValueError(f"weighting={fields}: {error}") from error
