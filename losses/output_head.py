@@ -8,8 +8,8 @@ does just that is not taken on trust: `verify_head` compares with the model's ow
 
 import contextlib
 import inspect
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -73,15 +73,18 @@ class OutputHead:
                 chunk_size=chunk_size,
             )
 
-        # Called through the layer: ZeRO-3, and FSDP where it wraps the layer, gather a sharded weight in the layer's
-        # hooks, for forward and backward alike. Outside of them the weight is empty.
-        with _forward_of(self.module, losses):
-            return self.module(self._scaled(hidden))
+        return self._inside(losses, hidden)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the logits ``[..., V]`` of ``[..., M]``, in the dtype of the layer: the slow way, to compare with."""
-        logits = F.linear(self._scaled(hidden), self.weight, self._scaled(self.bias))
+        logits = self._inside(lambda rows: F.linear(rows, self.weight, self._scaled(self.bias)), hidden)
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+    def _inside(self, forward: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
+        # Called through the layer: ZeRO-3, and FSDP where it wraps the layer, gather a sharded weight in the layer's
+        # hooks, for forward and backward alike. Outside of them the weight is empty.
+        with _forward_of(self.module, forward):
+            return self.module(self._scaled(hidden))
 
     def _scaled(self, x: Any) -> Any:
         # M numbers of a row instead of V; exact for the powers of two that most models use.
@@ -152,7 +155,8 @@ def hidden_states(model: nn.Module, input_ids: Tensor, **inputs: Any) -> Tensor:
 def verify_head(model: nn.Module) -> None:
     """Compare `output_head` with the model's own logits on a few random tokens, as they are and at large logits.
 
-    A model on the meta device has nothing to compare and passes.
+    A model on the meta device has nothing to compare and passes. Sharded weights must be set up to be gathered: call
+    it when the training strategy has wrapped the model.
 
     Raises:
         ValueError: the model does something else to its logits; its class is named.
@@ -161,11 +165,11 @@ def verify_head(model: nn.Module) -> None:
     if head.weight.is_meta:
         return
     causal_lm = causal_lm_of(model)
-    size = min(head.weight.shape[0], causal_lm.get_input_embeddings().num_embeddings)
+    size = min(_unwrapped(head.module).out_features, causal_lm.get_input_embeddings().num_embeddings)
     tokens = torch.randint(size, (1, 8), generator=torch.Generator().manual_seed(0)).to(head.weight.device)
     with evaluation_mode(model), torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):
         hidden = hidden_states(model, tokens)
-        large = _LARGE_LOGIT / F.linear(hidden, head.weight, head.bias).abs().max().clamp_min(1e-3).item()
+        large = _LARGE_LOGIT / replace(head, softcap=None).logits(hidden).abs().max().clamp_min(1e-3).item()
         for factor in (1.0, large):
             expected = _own_logits(model, tokens, factor)
             error = (head.logits(hidden * factor).float() - expected.float()).abs().max()

@@ -60,6 +60,7 @@ def test_the_loss_is_computed_inside_the_hooks_of_the_layer():
     model.lm_head.register_forward_pre_hook(lambda *_: setattr(weight, "data", full))
     model.lm_head.register_forward_hook(lambda *_: setattr(weight, "data", empty))
     assert torch.equal(output_head(model).nll(hidden, tokens[0]), expected)
+    verify_head(model)
     weight.data = full
     assert model.lm_head(hidden).shape == (6, 61) and "forward" not in vars(model.lm_head)
 
