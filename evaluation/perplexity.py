@@ -4,7 +4,7 @@ Notable: what is scored depends on the stream alone, never on window, stride or 
 context lengths and models are comparable. A model is anything called as ``model(input_ids=...)`` that returns logits.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -92,10 +92,9 @@ def evaluate_perplexity(
     if parity is not None and (bos_token_id is not None or stride != window):
         raise ValueError('parity="published" means windows that do not overlap and no BOS; leave both options out')
     tally = WindowTally(window, published=parity is not None)
-    batches = list(window_batches(windows[:max_windows], batch_size))
-    shown = track(batches, f"scoring {window}", console=Console(stderr=True), transient=True, disable=not progress)
+    batches = _shown(list(window_batches(windows[:max_windows], batch_size)), f"scoring {window}", progress)
     with scoring_mode(model, dtype) as device:
-        for batch in shown:
+        for batch in batches:
             tally.add(batch, *score_windows(model, stream, batch, bos_token_id, device))
     return tally.report(stream.bytes_per_token) | {
         "window": window,
@@ -106,6 +105,10 @@ def evaluate_perplexity(
         "corpus": stream.identity,
         "dtype": str(dtype or next(model.parameters()).dtype).removeprefix("torch."),
     }
+
+
+def _shown(batches: list[list[Window]], label: str, progress: bool) -> Iterable[list[Window]]:
+    return track(batches, label, console=Console(stderr=True), transient=True, disable=not progress)
 
 
 def _plan(num_tokens: int, window: int, stride: int | None, bos_token_id: int | None) -> tuple[list[Window], int]:

@@ -39,7 +39,8 @@ class CausalLanguageModel(PreTrainedModel, GenerationMixin):
         """Build a model from a state dict in the published layout.
 
         Args:
-            state_dict: Published names; a leading ``module.`` and ALiBi buffers are dropped.
+            state_dict: Published names, matrices as ``[outputs, inputs]``; a leading ``module.`` and ALiBi buffers
+                are dropped.
             config: The configuration of the model.
             strict: Refuse missing and unexpected names.
 
@@ -56,7 +57,7 @@ class CausalLanguageModel(PreTrainedModel, GenerationMixin):
         return {name: parameter.grad if gradients else parameter for name, parameter in parameters.items()}
 
     def caches(self, use_cache: bool | None, labels: Tensor | None, past_key_values: Any) -> bool:
-        """Decide whether a forward call keeps a cache; None means: in evaluation mode without labels."""
+        """Decide whether a forward call keeps a cache; None means: in evaluation mode without ``labels`` ``[B, T]``."""
         if use_cache is None:
             use_cache = past_key_values is not None or (not self.training and labels is None and self.config.use_cache)
         if past_key_values is not None and not use_cache:
@@ -77,7 +78,18 @@ class CausalLanguageModel(PreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor,
         num_items: Tensor | int | None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Return logits of the last (or chosen) positions and, with labels, the loss over all of them."""
+        """Return logits of the last (or chosen) positions and, with labels, the loss over all of them.
+
+        Args:
+            hidden: Normed hidden states ``[B, T, M]``.
+            labels: Un-shifted ``[B, T]`` int64, -100 ignored, or None.
+            documents: Document of every token ``[B, T]``, -1 = padding; None = one document.
+            logits_to_keep: The last so many positions (0 = all), or positions ``[n]``.
+            num_items: Divisor of the summed loss; None = the number of counted targets.
+
+        Returns:
+            Logits ``[B, T or n, V]`` and the float32 loss ``[]``, None without labels.
+        """
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         if labels is None:
             return self.lm_head(hidden[:, kept]), None
@@ -120,6 +132,6 @@ def check_inputs(input_ids: Tensor | None, extra: Mapping[str, Any]) -> Tensor:
 
 
 def check_same_shape(name: str, given: Tensor | None, input_ids: Tensor) -> None:
-    """Raise a ValueError unless ``given`` is None or shaped like ``input_ids``."""
+    """Raise a ValueError unless ``given`` is None or shaped like ``input_ids`` ``[B, T]``."""
     if given is not None and given.shape != input_ids.shape:
         raise ValueError(f"{name} must have the shape of input_ids {list(input_ids.shape)}, got {list(given.shape)}")

@@ -24,7 +24,7 @@ DEAD_CONFIG_KEYS = frozenset(
 
 
 def strip_prefixes(state_dict: Mapping[str, Tensor], prefixes: Iterable[str]) -> dict[str, Tensor]:
-    """Remove each of ``prefixes`` in turn from the names that carry it and drop the ALiBi buffers."""
+    """Remove each of ``prefixes`` in turn from the names that carry it and drop the ALiBi buffers ``[H]``."""
     named = dict(state_dict)
     for prefix in prefixes:
         named = {name.removeprefix(prefix): tensor for name, tensor in named.items()}
@@ -45,6 +45,8 @@ def check_names(expected: Iterable[str], given: Iterable[str]) -> None:
 
 def load_reference(model: nn.Module, state_dict: Mapping[str, Tensor], *, strict: bool) -> None:
     """Copy a state dict in the published layout into ``model`` (whose ``reference_name`` maps own to published names).
+
+    Matrices are ``[outputs, inputs]``, the embedding ``[V, M]``.
 
     Raises:
         ValueError: On a wrong shape, on a head that differs from the embedding, with ``strict`` on any other name.

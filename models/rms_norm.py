@@ -52,6 +52,6 @@ class _CPUNorm(torch.autograd.Function):
 
 
 def product_input(x: Tensor) -> Tensor:
-    """Cast the input of several linear maps once; autocast would cast it for each of them."""
+    """Cast the input ``[..., M]`` of several linear maps once; autocast would cast it for each of them."""
     device = x.device.type
     return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x

@@ -61,11 +61,11 @@ class WindowRing:
         return joined
 
     def select(self, rows: Tensor) -> None:
-        """Make row i hold what row ``rows[i]`` held."""
-        self.buffers = [
-            None if pair is None else (pair[0].index_select(0, rows), pair[1].index_select(0, rows))
-            for pair in self.buffers
-        ]
+        """Make row i hold what row ``rows[i]`` held; ``rows`` ``[B]`` may lie on any device."""
+        for layer, pair in enumerate(self.buffers):
+            if pair is not None:
+                here = rows.to(pair[0].device)
+                self.buffers[layer] = (pair[0].index_select(0, here), pair[1].index_select(0, here))
 
     def nbytes(self) -> int:
         """Bytes of all buffers."""

@@ -99,7 +99,7 @@ class DRTCache(Cache):
     # What a forward call does, in this order.
 
     def begin(self, input_ids: Tensor, attention_mask: Tensor | None) -> Layouts:
-        """Lay out a call that continues this cache and prepare the window."""
+        """Lay out a call that continues this cache (ids ``[B, T]``, mask ``[B, past + T]``) and prepare the window."""
         spans = self.progress.spans(input_ids.shape, attention_mask)
         past = self.progress.lengths or [0] * input_ids.shape[0]
         size = self.config.chunk_size

@@ -54,7 +54,7 @@ class Layout(Protocol):
         ...
 
     def join(self, x: Tensor) -> Tensor:
-        """Undo ``split``; positions without a group get 0."""
+        """Turn ``[B, G, rows, H, D]`` back to ``[B, P, H, D]``; positions without a group get 0."""
         ...
 
     def assign(self, rows: Tensor, empty: float) -> Tensor:
@@ -85,7 +85,7 @@ class GridLayout:
         return self.num_groups * (self.chunk_size + 1)
 
     def insert(self, text: Tensor, landmark: Tensor) -> Tensor:
-        """Reshape the text to chunks and append a landmark to each."""
+        """Reshape text ``[B, T, M]`` to chunks and append a landmark ``[M]`` to each: ``[B, P, M]``."""
         text = align(text, self.offsets)
         holes = self.num_groups * self.chunk_size - self.length
         text = F.pad(text, (0, 0, 0, holes)) if holes else text
@@ -94,28 +94,28 @@ class GridLayout:
         return torch.cat([text, rows], dim=2).flatten(1, 2)
 
     def text(self, x: Tensor) -> Tensor:
-        """Drop the landmark column."""
+        """Drop the landmark column of ``[B, P, M]``: ``[B, T, M]``."""
         text = self.split(x)[:, :, : self.chunk_size].flatten(1, 2)[:, : self.length]
         return restore(text, self.offsets)
 
     def landmarks(self, x: Tensor) -> Tensor:
-        """Return the last column of the complete chunks."""
+        """Return the last column of the complete chunks ``[B, R, M]``."""
         return self.split(x)[:, : self.num_chunks, self.chunk_size]
 
     def chunks(self, x: Tensor, pending: Tensor | None = None) -> Tensor:
-        """Return the complete rows of the grid."""
+        """Return the complete rows of the grid ``[B, R, C, M]``."""
         return self.split(x)[:, : self.num_chunks]
 
     def split(self, x: Tensor) -> Tensor:
-        """View positions as the grid of chunks."""
+        """View positions ``[B, P, ...]`` as the grid of chunks ``[B, G, C, ...]``."""
         return x.unflatten(1, (self.num_groups, self.chunk_size + 1))
 
     def join(self, x: Tensor) -> Tensor:
-        """View the grid as positions."""
+        """View the grid ``[B, G, C, ...]`` as positions ``[B, P, ...]``."""
         return x.flatten(1, 2)
 
     def assign(self, rows: Tensor, empty: float) -> Tensor:
-        """Shift by one chunk: the landmark of a chunk serves the next one."""
+        """Shift ``[B, R, K]`` by one chunk to ``[B, G, K]``: the landmark of a chunk serves the next one."""
         return F.pad(rows[:, : self.num_groups - 1], (0, 0, 1, 0), value=empty)
 
 
@@ -157,30 +157,30 @@ class IndexedLayout:
         return self.group_map.shape[1]
 
     def insert(self, text: Tensor, landmark: Tensor) -> Tensor:
-        """Gather text, put the landmark everywhere else."""
+        """Gather text ``[B, T, M]`` to ``[B, P, M]``, put the landmark ``[M]`` everywhere else."""
         return torch.where(self.is_landmark[..., None], landmark.to(text.dtype), take(text, self.insert_map))
 
     def text(self, x: Tensor) -> Tensor:
-        """Gather the text positions."""
+        """Gather the text positions of ``[B, P, M]``: ``[B, T, M]``."""
         return take(x, self.text_map)
 
     def landmarks(self, x: Tensor) -> Tensor:
-        """Gather the last position of each complete chunk."""
+        """Gather the last position of each complete chunk ``[B, R, M]``."""
         return take(x, (self.chunk_map[..., -1] - self.num_pending).clamp_min(0))
 
     def chunks(self, x: Tensor, pending: Tensor | None = None) -> Tensor:
-        """Gather the complete chunks, pending tokens in front."""
+        """Gather the complete chunks ``[B, R, C, M]``, pending tokens in front."""
         return take(x if pending is None else torch.cat([pending, x], dim=1), self.chunk_map)
 
     def split(self, x: Tensor) -> Tensor:
-        """Gather positions by query group."""
+        """Gather positions ``[B, P, ...]`` by query group ``[B, G, rows, ...]``."""
         return take(x, self.group_map)
 
     def join(self, x: Tensor) -> Tensor:
-        """Gather query groups by position."""
+        """Gather query groups ``[B, G, rows, ...]`` by position ``[B, P, ...]``."""
         joined = take(x.flatten(1, 2), self.join_map)
         return joined if self.has_group is None else joined * self.has_group[..., None, None]
 
     def assign(self, rows: Tensor, empty: float) -> Tensor:
-        """Return the rows as they are: group r is what follows complete chunk r."""
+        """Return ``[B, R, K]`` as it is: group r is what follows complete chunk r."""
         return rows

@@ -30,7 +30,7 @@ def plain_layout(
 
 
 def grid_layout(input_ids: Tensor, spans: Spans, chunk_size: int) -> GridLayout:
-    """Lay out rows that begin with their first valid token."""
+    """Lay out rows of ``[B, T]`` that begin with their first valid token."""
     layout = GridLayout(input_ids.shape[1], chunk_size, offsets=spans.shift(input_ids.device))
     layout.row_chunks = [count // chunk_size for count in spans.lengths]
     return layout

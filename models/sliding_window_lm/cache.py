@@ -29,7 +29,11 @@ class SlidingWindowCache(Cache):
         self.progress = RowProgress()
 
     def begin(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Spans, Tensor | None]:
-        """Start a call; return its valid tokens and the ids of the keys it will see (None = all real)."""
+        """Start a call with ids ``[B, T]`` and a mask ``[B, past + T]``.
+
+        Returns:
+            Its valid tokens and the ids of the keys it will see ``[B, L + T]`` (None = all real).
+        """
         spans = self.progress.spans(input_ids.shape, attention_mask)
         length = input_ids.shape[1]
         past = self.progress.lengths or [0] * input_ids.shape[0]

@@ -3,9 +3,11 @@
 import pytest
 import torch
 from model_cases import drt_config, small_drt, small_window_lm, token_ids
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from models.drt import DRTCache
 from models.sliding_window_lm import SlidingWindowCache
+from models.window_cache import WindowRing
 
 LENGTH = 47
 PIECES = {
@@ -148,6 +150,16 @@ def test_rows_of_a_cache_can_be_chosen(drt, window_lm):
         more = [model(rows[:, t : t + 1].repeat_interleave(2, 0), past_key_values=cache).logits for t in range(36, 47)]
         expected = model(rows, attention_mask=mask, use_cache=False).logits[:, 36:]
         torch.testing.assert_close(torch.cat(more, 1), expected.repeat_interleave(2, 0), atol=1e-4, rtol=0)
+
+
+def test_rows_are_chosen_on_the_device_of_the_cache():
+    ring = WindowRing(num_layers=2, window_size=5)
+    with FakeTensorMode():  # knows devices that are not there
+        kept = torch.empty(2, 4, 1, 8, device="cuda")
+        ring.buffers[1] = (kept, kept)
+        ring.select(torch.tensor([1, 0, 0]))
+    assert ring.buffers[0] is None
+    assert {(*buffer.shape, buffer.device.type) for buffer in ring.buffers[1]} == {(3, 4, 1, 8, "cuda")}
 
 
 @torch.no_grad()
