@@ -68,14 +68,14 @@ def ensure_corpus(
 
 
 def _tokenize_once(work: Work) -> None:
-    with _held(work.output.with_name(f".{work.output.name}.lock")):
+    with held_lock(work.output.with_name(f".{work.output.name}.lock")):
         if not _holds_corpus(work.output):
             with TokenizeProgress(work.source.name, work.source.num_parts) as progress:
                 tokenize(work, progress)
 
 
 @contextmanager
-def _held(lock: Path) -> Iterator[None]:
+def held_lock(lock: Path) -> Iterator[None]:
     """Hold a lock file, waiting for it; a process that dies lets go of it.
 
     The file stays: removing it would let two processes hold two files of the same name.
