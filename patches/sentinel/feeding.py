@@ -92,14 +92,15 @@ def _mask(model: nn.Module, cache: EvictingCache, num_new: int) -> object:
 def _can_go_unmasked(model: nn.Module, cache: EvictingCache, columns: Columns) -> bool:
     """Say whether plain causal attention over the physical entries is what the rule asks for, and pays.
 
-    One query needs no mask then, which keeps the fast paths for grouped queries open; flash attention takes none ever.
+    A single query, or a first call, needs no mask then, which keeps the fast paths open; flash attention never takes
+    one.
     """
     config = text_config(model)
     windows = getattr(config, "sliding_window", None) is not None
     if windows or cache.has_holes:
         return False
     if columns.all_visible:
-        return columns.kind.shape[1] == 1 or uses_flash_attention(model)
+        return columns.kind.shape[1] in (1, cache.num_physical) or uses_flash_attention(model)
     return uses_flash_attention(model) and _sees_everything(cache, columns)
 
 
