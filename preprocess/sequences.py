@@ -80,16 +80,20 @@ def ensure_sequences(
     cut = Cut(length, bos_token_id)
     for path, split in ((sequences, "train"), (validation, "validation")):
         if path is not None:
-            with held_lock(Path(path)):
+            with held_lock(_lock(path)):
                 _ensure_split(Path(path), split, cut, corpus=corpus)
     if scoring is not None:
-        with held_lock(Path(scoring.output)):
+        with held_lock(_lock(scoring.output)):
             _ensure_scores(SequenceStore(sequences), scoring)
     return {
         "sequences": sequences,
         "validation": validation,
         "scores": None if scoring is None else scoring.output,
     }
+
+
+def _lock(store: str) -> Path:
+    return Path(store).with_name(f".{Path(store).name}.lock")
 
 
 def _ensure_split(path: Path, split: str, cut: Cut, *, corpus: str | None) -> None:
