@@ -62,7 +62,11 @@ def chunk_document(
     _check(length, bos_token_id, tail=tail, parity=parity)
     document = check_ids(tokens, MAX_VOCABULARY).astype(TOKEN_DTYPE)
     if parity:
-        return _published_chunks(document, length, bos_token_id)
+        return _published_chunks(document, length, bos_token_id=bos_token_id)
+    return _chunks(document, length, bos_token_id=bos_token_id, tail=tail)
+
+
+def _chunks(document: Int32Array, length: int, *, bos_token_id: int | None, tail: Tail) -> list[Chunk]:
     head = _head(bos_token_id)
     if len(head) and len(document) and document[0] == bos_token_id:
         document = document[1:]
@@ -82,7 +86,7 @@ def chunk_document(
     return chunks
 
 
-def _published_chunks(document: Int32Array, length: int, bos_token_id: int | None) -> list[Chunk]:
+def _published_chunks(document: Int32Array, length: int, *, bos_token_id: int | None) -> list[Chunk]:
     head = _head(bos_token_id)
     document = document[len(head) :]
     size = length - len(head)

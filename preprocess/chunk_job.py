@@ -73,13 +73,9 @@ def make_sequences(
     vocabulary = common_vocabulary(inputs, cut)
     source = {"inputs": len(inputs), "sha256": digest([documents.describe() for documents in inputs])}
     fields = {**asdict(cut), "tokenizer": vocabulary.identity, "source": source}
-    existing = _existing(output)
-    if existing is not None and all(existing[name] == value for name, value in fields.items()):
-        return Outcome(existing, was_there=True)
-    if existing is not None and not overwrite:
-        raise FileExistsError(
-            f"{output} holds sequences of other documents or options: choose another --output or use --overwrite"
-        )
+    finished = _finished(output, fields, overwrite=overwrite)
+    if finished is not None:
+        return Outcome(finished, was_there=True)
     folder = output.parent / f".{output.name}.{digest(fields)[:12]}.partial"
     try:
         with WorkFolder(folder) as held:
@@ -108,12 +104,20 @@ def common_vocabulary(inputs: Sequence[DocumentInput], cut: Cut) -> Vocabulary:
     return first.vocabulary
 
 
-def _existing(output: Path) -> dict[str, Any] | None:
+def _finished(output: Path, fields: dict[str, Any], *, overwrite: bool) -> dict[str, Any] | None:
+    """Return ``meta.json`` of the store that is to be made, if it is there; refuse anything else that is."""
     if not is_taken(output):
         return None
     if not (output / META_FILE).is_file():
         raise FileExistsError(f"{output} exists and holds no sequences: choose another --output or remove it")
-    return SequenceStore(output).meta
+    meta = SequenceStore(output).meta
+    if all(meta[name] == value for name, value in fields.items()):
+        return meta
+    if not overwrite:
+        raise FileExistsError(
+            f"{output} holds sequences of other documents or options: choose another --output or use --overwrite"
+        )
+    return None
 
 
 def _write(

@@ -25,7 +25,7 @@ class ScoreProgress:
         columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
         console = Console(stderr=True)
         self.bar = Progress(*columns, TimeRemainingColumn(), console=console, disable=not self.live)
-        self.task = self.bar.add_task(name, total=None)
+        self.task = self.bar.add_task(f"{name}: reading the model", total=None)
         self.sequences = self.tokens = self.total = 0
         self.started = self.shown = time.monotonic()
 

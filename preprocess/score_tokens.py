@@ -179,8 +179,8 @@ def main(arguments: list[str]) -> None:
     if missing:
         parser.error(f"to score, name {', '.join('--' + name.replace('_', '-') for name in missing)}")
     schedule, run = schedule_of(options, sequences), run_of(options)
-    scorer = find_scorer(scorer_options(options))
     with ScoreProgress(options.output.name) as progress:
+        scorer = find_scorer(scorer_options(options))
         outcome = score_tokens(sequences, scorer, schedule, run=run, progress=progress)
         speed = progress.tokens_per_second
     print(summary(options.output, run, outcome, tokens_per_second=speed))

@@ -3,20 +3,26 @@
 import hashlib
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from score_cases import report, save_llama, save_sequences, score, shard_bytes, slow_scores
 from transformers import AutoModelForCausalLM
 
 from datamodules.corpus_format import canonical_json
 from datamodules.score_store import ScoreStore
 from datamodules.sequence_store import SequenceStore
+from preprocess.chunk_documents import main as chunk_main
 from preprocess.command import run_command
 from preprocess.score_model import WEIGHT_FILES, ScorerOptions, choose_device, find_scorer, weight_files
 from preprocess.score_tokens import main
+
+SCORING = Path(__file__).parents[1] / "fixtures/token_weighting"
+FIXTURES = {key: case for key, case in json.loads((SCORING / "scoring.json").read_text()).items() if key != "longce"}
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +57,22 @@ def test_scores_are_those_of_one_forward_per_window(model, sequences, tmp_path, 
     assert found.dtype == np.float32
     assert np.array_equal(np.isnan(found), np.isnan(slow)) and np.isfinite(found).any()
     np.testing.assert_allclose(found, slow, rtol=0, atol=3e-5)
+
+
+@pytest.mark.parametrize("key", sorted(FIXTURES))
+def test_scores_are_the_published_ones(tmp_path, key):
+    case, arrays = FIXTURES[key], load_file(SCORING / "scoring.safetensors")
+    ids, bos = arrays[f"{key}.ids"], case["bos_token_id"]
+    lines = [json.dumps({"tokens": row.tolist()}) + "\n" for row in ids]
+    (tmp_path / "in.jsonl").write_text("".join(lines))
+    arguments = ["--input", tmp_path / "in.jsonl", "--output", tmp_path / "store", "--length", case["num_tokens"]]
+    arguments += [] if bos is None else ["--bos-token-id", bos]
+    assert run_command(chunk_main, [str(argument) for argument in arguments]) == 0
+    sizes = ["--base-length", case["base_length"], "--base-stride", case["base_stride"]]
+    options = [*sizes, "--tail", case.get("tail", "align"), "--attention", "eager"]
+    assert score(tmp_path / "store", SCORING / "tiny_llama", tmp_path / "scores", *options) == 0
+    found = rows_of(tmp_path / "scores", tmp_path / "store")
+    np.testing.assert_allclose(found, arrays[f"{key}.base_frozen"].numpy(), rtol=0, atol=3e-5)
 
 
 def test_exactly_the_valid_targets_have_a_score(model, sequences, tmp_path):

@@ -1,5 +1,6 @@
 """Killed, torn, shared out or repeated: the scores are the same bytes, and intact ones are not made again."""
 
+import hashlib
 import json
 import os
 import signal
@@ -10,9 +11,11 @@ from pathlib import Path
 import pytest
 from score_cases import QUIET, SCHEDULE, report, save_llama, save_sequences, score, shard_bytes
 
-from datamodules.score_store import ScoreStore
+from datamodules.corpus_format import canonical_json
+from datamodules.score_store import FORMAT, VERSION, ScoreStore
 from datamodules.sequence_store import SequenceStore
 from preprocess import score_job, score_shards
+from preprocess.score_shards import claim_folder
 
 ROOT = Path(__file__).parents[2]
 
@@ -185,6 +188,26 @@ def test_another_model_and_other_sequences_are_refused(model, sequences, whole, 
         ScoreStore(whole, SequenceStore(elsewhere))
     assert ids[1] in str(caught.value)
     assert times(whole) == before
+
+
+@pytest.mark.parametrize("winner", [{"a": 1}, {"a": 2}])
+def test_the_first_of_two_ranks_writes_the_manifest(tmp_path, monkeypatch, winner):
+    """The other one comes between the look and the writing."""
+    manifest, write = {"format": FORMAT, "version": VERSION, "a": 1}, score_shards._write_temporary
+    content = canonical_json(manifest | winner).encode()
+
+    def overtaken(path, own):
+        (tmp_path / "manifest.json").write_bytes(content)
+        return write(path, own)
+
+    monkeypatch.setattr(score_shards, "_write_temporary", overtaken)
+    if winner == {"a": 1}:
+        assert claim_folder(tmp_path, manifest) == hashlib.sha256(content).hexdigest()
+    else:
+        with pytest.raises(ValueError, match="a is 2 there and 1 here"):
+            claim_folder(tmp_path, manifest)
+    assert (tmp_path / "manifest.json").read_bytes() == content
+    assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
 
 
 KILLER = """
