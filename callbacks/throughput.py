@@ -15,6 +15,8 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
+from callbacks.ranks import num_data_ranks
+
 # Dense bfloat16 tensor-core TFLOP/s of the vendors' data sheets (no sparsity), by a word of the device's name.
 PEAK_BF16_TFLOPS = {
     "B200": 2250.0,
@@ -119,9 +121,7 @@ class Throughput(pl.Callback):
 
     def _log(self, trainer: pl.Trainer, pl_module: pl.LightningModule, context_length: int) -> None:
         (start, before), (end, now) = self._marks[0], self._marks[-1]
-        # A strategy that splits the model over several devices feeds them all with the same batch.
-        shares = getattr(trainer.strategy, "distributed_sampler_kwargs", None) or {}
-        tokens_per_second = (now - before) * shares.get("num_replicas", 1) / (end - start)
+        tokens_per_second = (now - before) * num_data_ranks(trainer) / (end - start)
         model = getattr(pl_module, "model", pl_module)
         tflops = tokens_per_second / trainer.world_size * flops_per_token(model, context_length) / 1e12
         self.last = {

@@ -18,6 +18,8 @@ from evaluation.positions import position_report
 from evaluation.scoring import mean_report
 
 METRICS = ("loss", "perplexity", "bits_per_byte")
+# Lightning asks for a reduction of what is reduced already; the maximum of equal numbers is each of them.
+SAME_ON_ALL_RANKS: dict[str, Any] = {"sync_dist": True, "reduce_fx": "max"}
 
 
 class ValidationPerplexity(pl.Callback):
@@ -69,8 +71,11 @@ class ValidationPerplexity(pl.Callback):
             suffix = "" if index == 0 else f"_at_{length}"
             for name in METRICS:
                 if report[name] is not None:
-                    pl_module.log(f"val/{name}{suffix}", report[name], prog_bar=name == "perplexity" and index == 0)
+                    shown = name == "perplexity" and index == 0
+                    pl_module.log(f"val/{name}{suffix}", report[name], prog_bar=shown, **SAME_ON_ALL_RANKS)
             lengths[str(length)] = report
+        # What loggers number the values with; left to itself, Lightning takes the step before.
+        pl_module.log("step", float(trainer.global_step), **SAME_ON_ALL_RANKS)
         self.last_result = {"step": trainer.global_step, "lengths": lengths}
         self._sums = {}
 

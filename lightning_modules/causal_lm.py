@@ -13,11 +13,11 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from transformers import PreTrainedModel
 
+from lightning_modules.batch_targets import num_targets
 from lightning_modules.model_identity import refuse_other_model
-from lightning_modules.optimization import Optimization, decay_groups, lr_schedule, total_grad_norm
+from lightning_modules.optimization import Optimization, decay_groups, group_options, total_grad_norm
 from losses.cross_entropy import next_token_nll
 
 
@@ -27,10 +27,13 @@ class CausalLMModule(pl.LightningModule):
     Args:
         model: builds the model; called once, in ``configure_model``, under the run's seed.
         optimization: optimiser and schedule.
-        max_steps: optimiser steps of the whole run (the schedule's length).
+        max_steps: optimiser steps of the whole run, the schedule's length; a constant one needs none.
         seed: seed of initial weights and of all randomness in training steps.
         gradient_checkpointing: recompute activations in the backward pass.
         compile: ``torch.compile`` the model in place.
+
+    Raises:
+        ValueError: a schedule that ends, without ``max_steps``.
     """
 
     model: PreTrainedModel
@@ -40,14 +43,13 @@ class CausalLMModule(pl.LightningModule):
         model: Callable[[], PreTrainedModel],
         *,
         optimization: Optimization,
-        max_steps: int,
+        max_steps: int | None = None,
         seed: int = 0,
         gradient_checkpointing: bool = False,
         compile: bool = False,
     ):
         super().__init__()
-        if optimization.warmup_steps >= max_steps:
-            rank_zero_warn(f"warm-up takes {optimization.warmup_steps} of {max_steps} steps: the peak is never reached")
+        optimization.check_length(max_steps)
         self.build_model = model
         self.optimization = optimization
         self.max_steps, self.seed = max_steps, seed
@@ -68,13 +70,13 @@ class CausalLMModule(pl.LightningModule):
             self.model.compile()
 
     def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> dict[str, Any]:
-        """Return the mean next-token loss of a micro-batch, its unscaled value to log, and its input tokens."""
+        """Return the ``loss`` of a micro-batch to differentiate, its detached ``nll_sum`` and ``num_targets``."""
         self.seed_micro_batch(batch_idx)
         options = self.train_options(batch)
         outputs = self.model(**self.model_inputs(batch), labels=batch["labels"], use_cache=False, **options)
         self.watch_outputs(outputs)
-        # Lightning divides "loss" by the accumulation before callbacks see it.
-        return {"loss": outputs.loss, "mean_nll": outputs.loss.detach(), "num_tokens": batch["input_ids"].numel()}
+        targets = num_targets(batch)
+        return {"loss": outputs.loss, "nll_sum": outputs.loss.detach() * targets, "num_targets": targets}
 
     def train_options(self, batch: dict[str, torch.Tensor]) -> dict[str, Any]:
         """Further arguments of the model in a training step; methods add theirs here."""
@@ -103,21 +105,25 @@ class CausalLMModule(pl.LightningModule):
         key = [self.seed, self.global_step, micro_batch, self.global_rank]
         torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
 
-    def configure_optimizers(self) -> dict[str, Any]:
-        """AdamW (fused) with decay groups, and the schedule stepped with the optimiser."""
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """AdamW (fused) with decay groups; `on_train_batch_start` sets its learning rate."""
         o = self.optimization
         groups = decay_groups(self.model, o.weight_decay, o.decay)
         # Lightning refuses to clip the gradients of a fused optimiser under autocast.
         fused = self._trainer is None or not str(self._trainer.precision).endswith("mixed")
         optimizer = torch.optim.AdamW(groups, lr=o.lr, betas=tuple(o.betas), eps=o.eps, fused=fused)
-        schedule = lr_schedule(
-            optimizer,
-            o.schedule,
-            warmup_steps=o.warmup_steps,
-            max_steps=self.max_steps,
-            min_lr_ratio=o.min_lr_ratio,
-        )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        self.group_options = group_options(optimizer)
+        return optimizer
+
+    def on_train_start(self) -> None:
+        """Put this run's options in force: a checkpoint brings those that it was saved under."""
+        for group, options in zip(self.trainer.optimizers[0].param_groups, self.group_options, strict=True):
+            group.update(options)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Set the learning rate of the coming step, also where a prolonged run follows a longer schedule."""
+        for group in self.trainer.optimizers[0].param_groups:
+            group["lr"] = self.optimization.lr_at(self.global_step + 1, self.max_steps)
 
     def configure_gradient_clipping(
         self,

@@ -49,4 +49,5 @@ class GCAPretrainingModule(CausalLMModule):
         """Log what the landmarks retrieved."""
         retrieval = getattr(outputs, "retrieval", None)
         if retrieval is not None:
-            self.log_dict({f"gca/{name}": value for name, value in retrieval_statistics(retrieval).items()})
+            found = retrieval_statistics(retrieval)
+            self.log_dict({f"gca/{name}": value for name, value in found.items()}, sync_dist=True)

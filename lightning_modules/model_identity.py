@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from typing import Any
 
 import lightning.pytorch as pl
+from transformers import PreTrainedConfig
 
-# Configuration entries that change no number a model computes beyond rounding, or that transformers adds by itself.
-_FREE = ("_name_or_path", "architectures", "dtype", "transformers_version", "use_cache", "offload_chunk_memory")
+# Options that change no number a model computes beyond rounding.
+_FREE = ("use_cache", "offload_chunk_memory")
 
 
 def refuse_other_model(module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -19,8 +21,9 @@ def refuse_other_model(module: pl.LightningModule, checkpoint: dict[str, Any]) -
     """
     mine = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     theirs = {name: tuple(tensor.shape) for name, tensor in checkpoint["state_dict"].items()}
-    mine |= _settings(module.model.config.to_json_string(use_diff=False))
-    theirs |= _settings(checkpoint["model_config"])
+    options = _options(type(module.model.config))
+    mine |= _chosen(options, module.model.config.to_json_string(use_diff=False))
+    theirs |= _chosen(options, checkpoint["model_config"])
     different = sorted(name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name))
     if different:
         name = different[0]
@@ -31,7 +34,17 @@ def refuse_other_model(module: pl.LightningModule, checkpoint: dict[str, Any]) -
         )
 
 
-def _settings(config: str) -> dict[str, Any]:
-    """Configuration entries that matter, without how a kernel is implemented."""
-    entries = json.loads(config)
-    return {k: v for k, v in entries.items() if k not in _FREE and not k.endswith("_implementation")}
+def _options(config: type[PreTrainedConfig]) -> dict[str, Any]:
+    """Options of this kind of model that matter, with their defaults.
+
+    What every configuration of transformers has changes with its version; how a kernel is implemented changes rounding.
+    """
+    generic = inspect.signature(PreTrainedConfig.__init__).parameters
+    named = inspect.signature(config.__init__).parameters.items()
+    own = {name: parameter.default for name, parameter in named if name not in generic and name not in _FREE}
+    return {name: default for name, default in own.items() if not name.endswith("_implementation")}
+
+
+def _chosen(options: dict[str, Any], config: str) -> dict[str, Any]:
+    """The options of a stored configuration; one that it does not know had what is the default today."""
+    return options | {name: value for name, value in json.loads(config).items() if name in options}

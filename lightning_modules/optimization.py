@@ -1,12 +1,17 @@
-"""AdamW parameter groups and learning-rate schedules, as plain functions."""
+"""AdamW parameter groups and the learning rate, as plain functions.
+
+Notable: the learning rate is a function of the optimiser step and the options, so nothing of it needs to be restored.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 Decay = Literal["all", "matrices"]
@@ -23,9 +28,9 @@ class Optimization:
         eps: AdamW epsilon.
         weight_decay: decoupled weight decay.
         decay: parameters it applies to, ``all`` or ``matrices``.
-        schedule: ``cosine``, ``linear`` or ``constant`` after linear warm-up.
-        warmup_steps: optimiser steps of warm-up.
-        min_lr_ratio: final learning rate of the cosine as a share of the peak.
+        schedule: ``cosine``, ``linear`` or ``constant`` after linear warm-up, see `lr_at`.
+        warmup_steps: optimiser steps of warm-up; the last of them has the peak.
+        min_lr_ratio: learning rate of the cosine's last step as a share of the peak.
 
     Raises:
         ValueError: a number out of range.
@@ -46,11 +51,39 @@ class Optimization:
                 "lr must be above 0, weight_decay and warmup_steps at least 0, "
                 f"got {self.lr}, {self.weight_decay}, {self.warmup_steps}"
             )
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas) or self.eps < 0:
+            raise ValueError(f"betas must be two numbers in [0, 1) and eps at least 0, got {self.betas} and {self.eps}")
         if not 0 <= self.min_lr_ratio <= 1 or (self.min_lr_ratio and self.schedule != "cosine"):
             raise ValueError(
                 f"min_lr_ratio must lie in [0, 1] and needs schedule=cosine, got {self.min_lr_ratio} "
                 f"with schedule={self.schedule}"
             )
+
+    def check_length(self, max_steps: int | None) -> None:
+        """Refuse a schedule without a length (a constant one needs none); warn if it never reaches its peak."""
+        if max_steps is None and self.schedule != "constant":
+            raise ValueError(f"schedule={self.schedule} needs max_steps, its length")
+        if max_steps is not None and self.warmup_steps > max_steps:
+            rank_zero_warn(f"warm-up takes {self.warmup_steps} of {max_steps} steps: the peak is never reached")
+
+    def lr_at(self, step: int, max_steps: int | None) -> float:
+        """Learning rate of optimiser step ``step`` = 1, 2, ... ``max_steps``, the last one.
+
+        ``lr step / warmup_steps`` up to step ``warmup_steps``, and from there on, with
+        ``p = (step - warmup_steps) / (max_steps - warmup_steps)`` and ``r = min_lr_ratio``:
+
+        - cosine: ``lr (r + (1 - r) (1 + cos(pi p)) / 2)``, at the last step exactly ``lr r``;
+        - linear: ``lr (1 - p)``;
+        - constant: ``lr``, for which ``max_steps`` may be None.
+        """
+        if step <= self.warmup_steps:
+            return self.lr * step / self.warmup_steps
+        if self.schedule == "constant" or max_steps is None:
+            return self.lr
+        progress = (step - self.warmup_steps) / (max_steps - self.warmup_steps)
+        if self.schedule == "linear":
+            return self.lr * (1 - progress)
+        return self.lr * (self.min_lr_ratio + (1 - self.min_lr_ratio) * (1 + math.cos(math.pi * progress)) / 2)
 
 
 def decay_groups(model: nn.Module, weight_decay: float, decay: Decay) -> list[dict[str, Any]]:
@@ -68,24 +101,9 @@ def decay_groups(model: nn.Module, weight_decay: float, decay: Decay) -> list[di
     return [group for group in groups if group["params"]]
 
 
-def lr_schedule(
-    optimizer: torch.optim.Optimizer, name: Schedule, *, warmup_steps: int, max_steps: int, min_lr_ratio: float
-) -> torch.optim.lr_scheduler.LRScheduler:
-    """Linear warm-up, then ``cosine`` or ``linear`` decay to ``min_lr_ratio`` times the peak, or ``constant``.
-
-    The cosine is lr(t) = peak (r + (1 - r) (1 + cos(pi t')) / 2) with t' the share of the steps after warm-up.
-    """
-    names = {"cosine": "cosine_with_min_lr", "constant": "constant_with_warmup", "linear": "linear"}
-    from transformers.optimization import get_scheduler  # imports peft: a second that other uses need not pay
-
-    options = {"min_lr_rate": min_lr_ratio} if name == "cosine" else None
-    return get_scheduler(
-        names[name],
-        optimizer,
-        num_warmup_steps=warmup_steps,
-        num_training_steps=max_steps,
-        scheduler_specific_kwargs=options,
-    )
+def group_options(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """What the parameter groups of an AdamW take from the options, besides the learning rate of each step."""
+    return [{name: group[name] for name in ("betas", "eps", "weight_decay")} for group in optimizer.param_groups]
 
 
 def total_grad_norm(parameters: Iterable[nn.Parameter]) -> torch.Tensor:

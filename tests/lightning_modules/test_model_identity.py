@@ -1,5 +1,7 @@
 """A checkpoint of another model is refused, also when all shapes agree."""
 
+import json
+
 import pytest
 
 from configuration.compose import compose
@@ -22,3 +24,17 @@ def test_equal_shapes_with_another_window_are_refused():
         module("model.config.window_size=17").on_load_checkpoint(checkpoint)
     with pytest.raises(ValueError, match="another model"):
         module("model.config.hidden_size=16").on_load_checkpoint(checkpoint)
+
+
+def test_what_transformers_adds_or_a_later_version_of_the_model_is_no_difference():
+    trained, checkpoint = module(), {}
+    trained.on_save_checkpoint(checkpoint)
+    checkpoint["state_dict"] = trained.state_dict()
+    stored = json.loads(checkpoint["model_config"])
+    stored |= {"field_of_another_transformers": 1, "transformers_version": "4.0", "problem_type": "x"}
+    del stored["softmax_off_by_one"]  # as if the checkpoint were older than this option
+    trained.on_load_checkpoint(checkpoint | {"model_config": json.dumps(stored)})
+    with pytest.raises(ValueError, match="first softmax_off_by_one: True in the checkpoint, False"):
+        module("model.config.softmax_off_by_one=false").on_load_checkpoint(
+            checkpoint | {"model_config": json.dumps(stored)}
+        )

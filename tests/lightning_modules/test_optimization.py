@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_modules.optimization import Optimization, decay_groups, lr_schedule, total_grad_norm
+from lightning_modules.optimization import Optimization, decay_groups, total_grad_norm
 
 
 class Tied(nn.Module):
@@ -26,28 +26,32 @@ def test_matrices_decay_and_norms_do_not_each_parameter_once():
     assert len(everything["params"]) == 3
 
 
-def rates(name, steps=20, **options):
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=2.0)
-    schedule = lr_schedule(optimizer, name, max_steps=steps, **options)
-    found = []
-    for _ in range(steps + 1):
-        found.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        schedule.step()
-    return found
+def rates(schedule, steps=20, **options):
+    optimization = Optimization(lr=2.0, schedule=schedule, **options)
+    return [optimization.lr_at(step, steps) for step in range(1, steps + 1)]
 
 
-def test_cosine_warms_up_and_reaches_a_real_minimum():
+def test_cosine_warms_up_to_its_peak_and_ends_at_its_minimum():
+    decay = [2.0 * (0.1 + 0.9 * (1 + math.cos(math.pi * i / 16)) / 2) for i in range(1, 17)]
     found = rates("cosine", warmup_steps=4, min_lr_ratio=0.1)
-    assert found[:5] == [0.0, 0.5, 1.0, 1.5, 2.0]
-    middle = 2.0 * (0.1 + 0.9 * (1 + math.cos(math.pi * 8 / 16)) / 2)
-    assert found[12] == pytest.approx(middle) and found[20] == pytest.approx(0.2)
-    assert rates("cosine", warmup_steps=0, min_lr_ratio=0.0)[20] == pytest.approx(0.0)
+    assert found == pytest.approx([0.5, 1.0, 1.5, 2.0, *decay])
+    assert found[3] == 2.0 and found[-1] == 2.0 * 0.1
+    assert rates("cosine")[-1] == 0.0 and rates("cosine")[0] == pytest.approx(2.0, rel=0.01)
 
 
 def test_constant_and_linear():
-    assert rates("constant", warmup_steps=2, min_lr_ratio=0.0)[2:] == [2.0] * 19
-    assert rates("linear", warmup_steps=0, min_lr_ratio=0.0)[10] == pytest.approx(1.0)
+    assert rates("constant", warmup_steps=2) == [1.0] + [2.0] * 19
+    assert rates("linear", warmup_steps=4) == pytest.approx([0.5, 1.0, 1.5, 2.0, *(2 - i / 8 for i in range(1, 17))])
+    assert rates("cosine", steps=3, warmup_steps=4) == [0.5, 1.0, 1.5]
+    assert Optimization(lr=2.0, schedule="constant").lr_at(10**6, None) == 2.0
+
+
+def test_a_schedule_needs_its_length_and_a_warm_up_that_fits():
+    with pytest.raises(ValueError, match="schedule=cosine needs max_steps"):
+        Optimization().check_length(None)
+    Optimization(schedule="constant").check_length(None)
+    with pytest.warns(UserWarning, match="warm-up takes 4 of 3 steps"):
+        Optimization(warmup_steps=4).check_length(3)
 
 
 @pytest.mark.parametrize(
@@ -57,6 +61,9 @@ def test_constant_and_linear():
         ({"lr": -1.0}, "lr must be above 0"),
         ({"min_lr_ratio": 2.0}, r"in \[0, 1\]"),
         ({"warmup_steps": -1}, "warmup_steps at least 0"),
+        ({"betas": (0.9,)}, "betas must be two numbers"),
+        ({"betas": (0.9, 1.0)}, "betas must be two numbers"),
+        ({"eps": -1e-8}, "eps at least 0"),
     ],
 )
 def test_impossible_options_are_refused(options, words):
