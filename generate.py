@@ -2,7 +2,7 @@
 
 import sys
 
-from configuration.errors import user_errors_exit_2
+from configuration.errors import exit_with_sentence
 
 
 def main(arguments: list[str]) -> None:
@@ -17,5 +17,5 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    with user_errors_exit_2(sys.argv):
+    with exit_with_sentence(sys.argv):
         main(sys.argv[1:])

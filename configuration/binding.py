@@ -98,6 +98,8 @@ def fits(value: Any, annotation: Any) -> bool:
         return _fits_simple(value, annotation)
     if annotation is Path:
         return isinstance(value, str)
+    if origin is tuple and Ellipsis not in arguments:
+        return isinstance(value, list) and len(value) == len(arguments) and all(map(fits, value, arguments))
     if origin in (list, tuple, Sequence) or annotation in (list, tuple):
         return isinstance(value, list) and all(fits(v, arguments[0]) for v in value if arguments)
     if origin in (dict, Mapping) or annotation is dict:

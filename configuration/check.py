@@ -7,10 +7,22 @@ from typing import Any
 
 import torch
 
+from callbacks.checkpoint import named_checkpoint
 from configuration.binding import bind, bind_all
+from configuration.compose import at_source
 from configuration.errors import ConfigError
 from configuration.options import TaskOptions, TrainOptions
+from configuration.run_folder import other_owner
 from configuration.targets import build, is_target
+
+# Trainer options that the suite sets itself, and what to use for them.
+_OURS = {
+    "callbacks": "the section callbacks",
+    "check_val_every_n_epoch": "eval_every_n_steps=N",
+    "default_root_dir": "output=FOLDER",
+    "logger": "the section logger",
+    "val_check_interval": "eval_every_n_steps=N",
+}
 
 
 def check(config: dict[str, Any]) -> list[str]:
@@ -21,18 +33,15 @@ def check(config: dict[str, Any]) -> list[str]:
 
     Raises:
         ConfigError: with all problems: unknown or missing options, wrong types, sizes the model refuses,
-            devices that are not there, paths that do not exist.
+            options that constructors refuse, devices that are not there, paths that do not exist.
     """
     train = config.get("command", "train") == "train"
-    problems = bind(TrainOptions if train else TaskOptions, config)
-    # A training recipe hands its model to the module: checked there, named by its own section.
-    skipped = ("model",) if train else ()
-    sections = {key: value for key, value in config.items() if isinstance(value, dict) and key not in skipped}
-    problems += [problem.replace("module.model.", "model.") for problem in bind_all(sections)]
+    sections = {key: value for key, value in config.items() if isinstance(value, dict)}
+    problems = at_source(bind(TrainOptions if train else TaskOptions, config) + bind_all(sections), config)
     missing: list[str] = []
     if not problems:
-        problems += _model_problems(config.get("model", {}))
-        problems += _train_problems(config) if train else []
+        problems += _model_problems(config.get("model", {})) + _output_problems(config)
+        problems += _train_problems(config) if train else _prompt_problems(config)
         missing = _device_problems(config["trainer"]) + _path_problems(config) if train else []
     if problems or (missing and not config.get("dry_run")):
         raise ConfigError(problems + missing)
@@ -40,28 +49,60 @@ def check(config: dict[str, Any]) -> list[str]:
 
 
 def _build_problems(node: Any, path: str) -> list[str]:
-    """Build a small object that refuses impossible options in its constructor."""
-    if not is_target(node):
-        return []
+    """Build small objects that refuse impossible options in their constructors."""
     try:
-        build(node)
+        build(node, path)
     except ValueError as error:
-        return [f"{path}: {error}"]
+        return [str(error)]
     return []
 
 
 def _model_problems(model: dict[str, Any]) -> list[str]:
     """Build the model's configuration, which refuses impossible sizes; look for a folder it is loaded from."""
-    problems = _build_problems(model.get("config"), "model.config")
+    config = model.get("config")
+    problems = _build_problems(config, "model.config") if is_target(config) else []
     path = model.get("pretrained_model_name_or_path")
     if isinstance(path, str) and path.startswith((".", "/", "runs/")) and not Path(path).exists():
         problems.append(f"model.pretrained_model_name_or_path={path} does not exist: pass a folder or a hub name")
     return problems
 
 
+def _output_problems(config: dict[str, Any]) -> list[str]:
+    """One folder holds the results of one command."""
+    output, command = config.get("output"), config.get("command", "train")
+    if output is None or command == "export":  # which looks at its folder itself
+        return []
+    if not output:
+        return ["output is empty: pass output=FOLDER"]
+    if Path(output).exists() and not Path(output).is_dir():
+        return [f"output={output} is a file: pass a folder"]
+    owner = other_owner(Path(output), command)
+    return [f"output={output} holds {owner}: pass another output="] if owner else []
+
+
+def _prompt_problems(config: dict[str, Any]) -> list[str]:
+    path = config.get("prompt_file")
+    if path is None or not Path(path).exists():
+        return []
+    if Path(path).is_dir():
+        return [f"prompt_file={path} is a folder: pass one text file"]
+    try:
+        Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        return [f"prompt_file={path} is no UTF-8 text (byte {error.start}): convert it, with iconv for example"]
+    return []
+
+
 def _train_problems(config: dict[str, Any]) -> list[str]:
     trainer = config["trainer"]
     problems = _build_problems(config["module"].get("optimization"), "module.optimization")
+    for name, callback in config["callbacks"].items():
+        problems += _build_problems(callback, f"callbacks.{name}")
+    problems += [f"trainer.{key} is not used: set {_OURS[key]}" for key in trainer if key in _OURS]
+    if (trainer.get("gradient_clip_val") or 0) < 0:
+        problems.append(
+            f"trainer.gradient_clip_val must be above 0, or null not to clip, got {trainer['gradient_clip_val']}"
+        )
     if (trainer.get("log_every_n_steps") or 0) < 1:
         problems.append(f"trainer.log_every_n_steps must be at least 1, got {trainer.get('log_every_n_steps')}")
     if (trainer.get("max_steps") or 0) < 1:
@@ -74,8 +115,11 @@ def _train_problems(config: dict[str, Any]) -> list[str]:
 
 def _path_problems(config: dict[str, Any]) -> list[str]:
     resume = config.get("resume", "auto")
-    if isinstance(resume, str) and resume != "auto" and not Path(resume).is_file():
-        return [f"resume={resume} is no checkpoint file: pass auto, false or the path of a .ckpt file"]
+    if isinstance(resume, str) and resume != "auto":
+        try:
+            named_checkpoint(resume)
+        except FileNotFoundError as error:
+            return [f"resume={resume}: {error}"]
     path: str = config["data"]["path"]
     prepare = config.get("prepare") or {}
     # A recipe's own text is for the recipe's own path: a mistyped data.path is not filled with it.
@@ -99,7 +143,7 @@ def _device_problems(trainer: dict[str, Any]) -> list[str]:
     if accelerator in ("gpu", "cuda") and found == 0:
         problems.append(
             f"trainer.accelerator={accelerator} but this machine has no CUDA device: "
-            "pass trainer=cpu, or scale=tiny to try the recipe here"
+            "pass scale=laptop or scale=tiny, which run on a CPU, or trainer=cpu"
         )
     elif accelerator in ("gpu", "cuda") and isinstance(devices, int) and devices > found:
         problems.append(f"trainer.devices={devices} but this machine has {found} CUDA device(s)")

@@ -25,6 +25,36 @@ from configuration.targets import import_target, named_parameters
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 NOT_RECIPES = ("base",)
+_COPY = re.compile(r"\$\{([\w.]+)\}")
+
+
+class Composed(dict[str, Any]):
+    """A resolved recipe that remembers which of its values are copies.
+
+    Attributes:
+        sources: the option that a value is copied from, ``{"data.seed": "seed", "module.model": "model"}``.
+    """
+
+    def __init__(self, values: dict[str, Any], sources: dict[str, str]):
+        super().__init__(values)
+        self.sources = sources
+
+
+def at_source(sentences: Sequence[str], config: dict[str, Any]) -> list[str]:
+    """Name every copied value by the option that it is copied from; what must be something must be it once."""
+    sources = getattr(config, "sources", {})
+
+    def source_of(option: str) -> str:
+        for copy, source in sources.items():
+            if option == copy or option.startswith(copy + "."):
+                return source_of(source + option.removeprefix(copy))
+        return option
+
+    once: dict[str, str] = {}
+    for sentence in sentences:
+        renamed = re.sub(r"\w+(\.\w+)+", lambda option: source_of(option[0]), sentence)
+        once.setdefault(renamed.split(" must be ")[0], renamed)
+    return list(once.values())
 
 
 def recipe_names(command: str | None = None) -> list[str]:
@@ -60,8 +90,8 @@ def group_choices() -> dict[str, list[str]]:
     return groups
 
 
-def compose(arguments: Sequence[str], *, command: str, default_recipe: str | None = None) -> dict[str, Any]:
-    """Compose ``recipe=NAME key=value ...`` into a resolved plain dictionary.
+def compose(arguments: Sequence[str], *, command: str, default_recipe: str | None = None) -> Composed:
+    """Compose ``recipe=NAME key=value ...`` into a resolved dictionary of plain values.
 
     Raises:
         ConfigError: with every problem of the command line, each with the nearest valid name.
@@ -87,14 +117,16 @@ def compose(arguments: Sequence[str], *, command: str, default_recipe: str | Non
     if problems:
         raise ConfigError(problems)
     config = _hydra(recipe, lines)
-    missing = [key for key, value in _leaves(OmegaConf.to_container(config, resolve=False)) if value == "???"]
+    leaves = _leaves(OmegaConf.to_container(config, resolve=False))
+    missing = [key for key, value in leaves if value == "???"]
     if missing:
         raise ConfigError([f"{key} is required by recipe={recipe}: pass {key}=VALUE" for key in missing])
     try:
         plain = OmegaConf.to_container(config, resolve=True)
     except OmegaConfBaseException as error:
         raise ConfigError([f"recipe={recipe} does not resolve: {_first_line(error)}"]) from None
-    return {"recipe": recipe, **plain}  # type: ignore[dict-item]
+    copies = {key: match[1] for key, value in leaves if (match := _COPY.fullmatch(str(value)))}
+    return Composed({"recipe": recipe, **plain}, copies)  # type: ignore[dict-item]
 
 
 def _split_recipe(arguments: Sequence[str], command: str, default: str | None) -> tuple[str, list[str]]:

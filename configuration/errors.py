@@ -1,7 +1,11 @@
-"""How a command tells its user what is wrong: one list of sentences, exit status 2, no traceback."""
+"""How a command ends early: sentences on standard error and an exit status, never a traceback.
+
+Status 2 is a user error, 128 + N a stop by signal N (130 Ctrl-C, 143 SIGTERM), as shells count them.
+"""
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +23,14 @@ class ConfigError(ValueError):
         super().__init__("\n".join(self.problems))
 
 
+class Stopped(Exception):
+    """A signal ended the command in good order; the message says where it stands."""
+
+    def __init__(self, sentence: str, number: signal.Signals):
+        self.number = number
+        super().__init__(sentence)
+
+
 def did_you_mean(name: str, known: Sequence[str]) -> str:
     """Return `` (did you mean 'x'?)`` for the nearest known name, or an empty string."""
     nearest = get_close_matches(name, known, n=1, cutoff=0.5)
@@ -26,18 +38,27 @@ def did_you_mean(name: str, known: Sequence[str]) -> str:
 
 
 @contextmanager
-def user_errors_exit_2(argv: Sequence[str]) -> Iterator[None]:
-    """Print user errors as sentences on standard error and exit with status 2.
+def exit_with_sentence(argv: Sequence[str]) -> Iterator[None]:
+    """Print user errors and stops by a signal as sentences on standard error, and exit with their status.
 
     ``--traceback`` among the arguments lets the exception through, for developers.
     """
     try:
         yield
-    except USER_ERRORS as error:
+    except (*USER_ERRORS, Stopped, KeyboardInterrupt) as error:
         if "--traceback" in argv:
             raise
-        problems = error.problems if isinstance(error, ConfigError) else [str(error)]
-        head = "error:" if len(problems) == 1 else f"{len(problems)} problems:"
-        lines = [head + " " + problems[0]] if len(problems) == 1 else [head, *(f"  - {p}" for p in problems)]
-        print("\n".join(lines), file=sys.stderr)
-        raise SystemExit(2) from None
+        text, status = _ending(error)
+        print(text, file=sys.stderr)
+        raise SystemExit(status) from None
+
+
+def _ending(error: BaseException) -> tuple[str, int]:
+    if isinstance(error, Stopped):
+        return str(error), 128 + error.number
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted", 128 + signal.SIGINT
+    problems = error.problems if isinstance(error, ConfigError) else [str(error)]
+    if len(problems) == 1:
+        return f"error: {problems[0]}", 2
+    return "\n".join([f"{len(problems)} problems:", *(f"  - {problem}" for problem in problems)]), 2

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import yaml
 from transformers import PreTrainedModel
 
-from callbacks.checkpoint import checkpoint_step, find_checkpoint
+from callbacks.checkpoint import checkpoint_step, named_checkpoint, read_checkpoint
+from configuration.run_folder import other_owner, read_config
 from configuration.targets import build
 
 _PREFIX = "model."
@@ -56,6 +56,7 @@ class CheckpointExport:
 
     Raises:
         FileNotFoundError: no run or no checkpoint there.
+        ValueError: the folder is that of another command.
     """
 
     def __init__(
@@ -69,10 +70,10 @@ class CheckpointExport:
         self.run_folder = path.parent.parent if path.is_file() else path
         if not (self.run_folder / "config.yaml").is_file():
             raise FileNotFoundError(f"{checkpoint} is no run folder nor a checkpoint of one: no config.yaml beside it")
-        found = path if path.is_file() else find_checkpoint(path / "checkpoints")
-        if found is None:
-            raise FileNotFoundError(f"{path} has no checkpoint yet: train further, or pass the path of a .ckpt file")
-        self.checkpoint = found
+        owner = other_owner(self.run_folder, "train")
+        if owner:
+            raise ValueError(f"{self.run_folder} holds {owner}, no run: pass a folder of train.py")
+        found = self.checkpoint = named_checkpoint(path)
         step = checkpoint_step(found)
         self.output = Path(output) if output else self.run_folder / f"model_step_{found.stem if step is None else step}"
         refuse_foreign(self.output)
@@ -82,9 +83,8 @@ class CheckpointExport:
         """Write the folder (the one given at construction; ``output`` is the same) and return what was written."""
         import models  # noqa: F401 - registers the suite's models
 
-        config = yaml.safe_load((self.run_folder / "config.yaml").read_text(encoding="utf-8"))
-        model = build(config["model"])()
-        state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)["state_dict"]
+        model = build(read_config(self.run_folder)["model"])()
+        state = read_checkpoint(self.checkpoint)["state_dict"]
         model.load_state_dict({name.removeprefix(_PREFIX): tensor for name, tensor in state.items()})
         model.to(getattr(torch, self.dtype))
         tokenizer = self.run_folder / "tokenizer"

@@ -18,8 +18,8 @@ class TrainOptions:
         vocabulary: number of token ids and the special ones (an option group); the model's configuration takes them.
         seed: seed of initial weights, data order and retrieval noise.
         output: run folder: composed config, versions, logs, checkpoints, ``metrics.json``, ``model/``.
-        resume: ``auto`` continues the run in ``output`` if there is one, a path continues from that checkpoint,
-            ``false`` starts anew and refuses a folder that already holds a run.
+        resume: ``auto`` continues the run in ``output`` if there is one, a path continues from that checkpoint or
+            the newest of that run folder, ``false`` starts anew and refuses a folder that already holds a run.
         dry_run: build on the meta device, print sizes and memory, train nothing.
         eval_every_n_steps: optimiser steps between validations; null validates only at the end.
         export_model: write a Hugging Face folder ``<output>/model`` at the end.

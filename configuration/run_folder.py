@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
-from callbacks.checkpoint import checkpoint_step, find_checkpoint
+from callbacks.checkpoint import checkpoint_step, named_checkpoint, newest_checkpoint, read_checkpoint
+from configuration.compose import at_source
 from evaluation.results import git_commit, write_json, write_text
 
 # What may change between the parts of one run without changing what it learns.
@@ -62,8 +63,43 @@ FREE_TRAINER = (
 PACKAGES = ("torch", "triton", "lightning", "transformers", "tokenizers", "peft", "datasets", "hydra-core")
 
 
+# What else tells what a folder holds.
+_MARKS = {
+    "checkpoints": "checkpoints of train.py",
+    "config.json": "a model",
+    "meta.json": "a corpus",
+    "train/meta.json": "a corpus",
+}
+
+
+def other_owner(folder: Path, command: str) -> str | None:
+    """What a folder holds that is not the work of this command; None where it may write."""
+    if (folder / "config.yaml").is_file():
+        owner = read_config(folder).get("command", "train")
+        return None if owner == command else f"the results of {owner}.py"
+    marks = {mark: what for mark, what in _MARKS.items() if (mark, command) != ("checkpoints", "train")}
+    return next((what for mark, what in marks.items() if (folder / mark).exists()), None)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The composed recipe in a folder.
+
+    Raises:
+        ValueError: its ``config.yaml`` is something else.
+    """
+    try:
+        config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    except yaml.YAMLError:
+        config = None
+    if not isinstance(config, dict) or "recipe" not in config:
+        raise ValueError(f"{folder / 'config.yaml'} is no recipe of this suite: pass another folder")
+    return config
+
+
 def open_run(config: dict[str, Any]) -> tuple[Path, Path | None]:
     """Decide where a run writes and what it resumes from; write nothing.
+
+    The first process decides; the others may come when it has already begun to write.
 
     Returns:
         The output folder and the checkpoint to resume from (None = start from the beginning).
@@ -71,40 +107,62 @@ def open_run(config: dict[str, Any]) -> tuple[Path, Path | None]:
     Raises:
         FileExistsError: the folder holds a run and ``resume=false`` asks for a new one, or later checkpoints than the
             one to resume from.
-        ValueError: the folder holds a run with other options, or the newest checkpoint is damaged.
+        FileNotFoundError: ``resume=PATH`` is no checkpoint and no run folder with one.
+        ValueError: the folder holds a run with other options, or the checkpoint is damaged, foreign or beyond
+            ``trainer.max_steps``.
     """
     folder, resume = Path(config["output"]), config["resume"]
-    # The first process decides; the others may come when it has already begun to write.
-    holds_run = (folder / "config.yaml").is_file() and rank_zero_only.rank == 0
-    if resume is False and holds_run:
+    first = rank_zero_only.rank == 0
+    if first and (folder / "config.yaml").is_file():
+        _refuse_another_run(folder, config)
+    named = isinstance(resume, str) and resume != "auto"
+    checkpoint = named_checkpoint(resume) if named else newest_checkpoint(folder / "checkpoints") if resume else None
+    if first and checkpoint is not None:
+        _refuse_useless(checkpoint, folder, config)
+    if first and named and checkpoint is not None:
+        _warn_of_other_options(checkpoint, config)
+    return folder, checkpoint
+
+
+def _refuse_another_run(folder: Path, config: dict[str, Any]) -> None:
+    if config["resume"] is False:
         raise FileExistsError(f"{folder} already holds a run: pass another output=, or resume=auto to continue it")
-    if holds_run:
-        before = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-        changed = differences(_bound(before), _bound(config))
-        if changed:
-            raise ValueError(
-                f"{folder} holds a run with other options ({'; '.join(changed)}): "
-                "pass another output=, or the options it was started with"
-            )
-    if isinstance(resume, str) and resume != "auto":
-        _refuse_later_checkpoints(folder, Path(resume))
-        return folder, Path(resume)
-    return folder, find_checkpoint(folder / "checkpoints") if resume in ("auto", True) else None
-
-
-def _refuse_later_checkpoints(folder: Path, chosen: Path) -> None:
-    newest = find_checkpoint(folder / "checkpoints")
-    step = checkpoint_step(chosen)
-    if newest is not None and step is not None and (checkpoint_step(newest) or 0) > step:
-        raise FileExistsError(
-            f"{folder} already holds {newest.name}, later than {chosen.name}: pass another output= to branch off there"
+    changed = _changed(folder, config)
+    if changed:
+        raise ValueError(
+            f"{folder} holds a run with other options ({'; '.join(changed)}): "
+            "pass another output=, or the options it was started with"
         )
 
 
+def _refuse_useless(checkpoint: Path, folder: Path, config: dict[str, Any]) -> None:
+    step, max_steps = int(read_checkpoint(checkpoint)["global_step"]), config["trainer"]["max_steps"]
+    newest = newest_checkpoint(folder / "checkpoints")
+    if newest is not None and (checkpoint_step(newest) or 0) > step:
+        raise FileExistsError(
+            f"{folder} already holds {newest.name}, later than {checkpoint.name}: "
+            "pass another output= to branch off there"
+        )
+    if step > max_steps:
+        raise ValueError(f"{checkpoint} is of step {step}: pass trainer.max_steps={step} or more, got {max_steps}")
+
+
+def _warn_of_other_options(checkpoint: Path, config: dict[str, Any]) -> None:
+    origin = checkpoint.parent.parent
+    changed = _changed(origin, config) if (origin / "config.yaml").is_file() else []
+    if changed:
+        rank_zero_warn(f"{checkpoint} was trained with other options; now in force: {'; '.join(changed)}")
+
+
+def _changed(folder: Path, config: dict[str, Any]) -> list[str]:
+    """Options that bind a run and differ from those of the run in a folder."""
+    return at_source(differences(_bound(read_config(folder)), _bound(config)), config)
+
+
 def write_start(folder: Path, config: dict[str, Any]) -> None:
-    """Write ``config.yaml`` and ``versions.json`` of a run that starts or continues (rank 0)."""
+    """Write ``config.yaml`` and ``versions.json`` of work that starts or continues (rank 0)."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
+    write_text(folder / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
     write_json(folder / "versions.json", versions())
 
 

@@ -77,17 +77,37 @@ def named_parameters(target: Callable[..., Any]) -> dict[str, inspect.Parameter]
     return {name: p for name, p in signature_of(target).parameters.items() if p.kind not in variadic}
 
 
-def build(node: Any) -> Any:
+def build(node: Any, path: str = "") -> Any:
     """Build an object from a composed node: nested targets first, ``_partial_`` as ``functools.partial``.
 
     Nodes without ``_target_`` come back as plain dicts, lists and values.
+
+    Args:
+        node: section of a composed recipe.
+        path: its dotted place, for the sentences.
+
+    Raises:
+        ValueError: a constructor refuses its options, in whatever way its library refuses.
+        OSError: a file that it needs is not there.
     """
+    prefix = f"{path}." if path else ""
     if isinstance(node, list):
-        return [build(item) for item in node]
+        return [build(item, f"{prefix}{index}") for index, item in enumerate(node)]
     if not isinstance(node, dict):
         return node
-    options = {key: build(value) for key, value in node.items() if key not in RESERVED}
+    options = {key: build(value, prefix + key) for key, value in node.items() if key not in RESERVED}
     if not is_target(node):
         return options
     target = import_target(node["_target_"])
-    return functools.partial(target, **options) if node.get("_partial_") else target(**options)
+    if node.get("_partial_"):
+        return functools.partial(target, **options)
+    try:
+        return target(**options)
+    except OSError:
+        raise
+    except Exception as error:
+        # A function may do work, whose errors are its own; a constructor has only its options to complain about.
+        if not inspect.isclass(target) and not isinstance(error, ValueError):
+            raise
+        sentence = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{path}: {sentence}" if path else sentence) from error

@@ -29,7 +29,10 @@ def run_task(
 
     check(config)
     import models  # noqa: F401 - registers the suite's models with transformers' Auto classes
+    from configuration.quiet import quiet
+    from configuration.run_folder import write_start
 
+    quiet()
     task = build(config["task"])
     if config.get("dry_run"):
         say(f"recipe={config['recipe']} composes, checks and builds")
@@ -37,4 +40,6 @@ def run_task(
     output = config.get("output")
     if command == "eval" and not output:
         raise ConfigError(["output is required: pass output=FOLDER for the metrics and figures"])
+    if output and command != "export":  # whose folder is a model
+        write_start(Path(output), config)
     return task.run(Path(output) if output else None)

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import logging
 import shutil
-import warnings
-from collections.abc import Callable, Sequence
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import ProgressBar
-from transformers.utils import logging as transformers_logging
+from lightning.pytorch.callbacks import Checkpoint, ProgressBar
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from callbacks.checkpoint import checkpoint_step, newest_checkpoint
 from callbacks.loss_log import read_rows
+from configuration.errors import Stopped
 from configuration.export import save_model_folder
+from configuration.quiet import quiet
 from configuration.run_folder import open_run, versions, write_start
 from configuration.targets import build
 from evaluation.results import write_json
@@ -31,34 +33,47 @@ def run(config: dict[str, Any], say: Callable[[str], None] = lambda _: None) -> 
 
     Raises:
         ValueError, FileNotFoundError, FileExistsError: with one sentence for the user.
+        Stopped: Ctrl-C or SIGTERM ended the training.
     """
     import models  # noqa: F401 - registers the suite's models with transformers' Auto classes
 
     quiet()
     folder, checkpoint = open_run(config)
-    data = build_data(config)
-    module = build(config["module"])
     trainer = build_trainer(config)
+    module = build(config["module"], "module")
+    data = build_data(config)
     check_vocabulary(config, data)
     if trainer.is_global_zero:
         write_start(folder, config)
         copy_tokenizer(data.tokenizer_path, folder / "tokenizer")
         say(f"{'resuming ' + str(checkpoint) if checkpoint else 'starting'} -> {folder}")
-    trainer.fit(module, datamodule=data, ckpt_path=str(checkpoint) if checkpoint else None)
-    save_last(trainer, folder / "checkpoints")
-    finish(trainer, module, data, config=config)
+    with stopping_in_order(trainer, config):
+        trainer.fit(module, datamodule=data, ckpt_path=checkpoint and str(checkpoint), weights_only=True)
+        finish(trainer, module, data, config=config)
     if trainer.is_global_zero:
         say(f"metrics: {folder / 'metrics.json'}")
         if config["export_model"]:
             say(f"model:   {folder / 'model'}")
 
 
-def quiet() -> None:
-    """Keep the libraries' advertisements, progress of tiny files and a deprecation of their own off the screen."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    transformers_logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
-    warnings.filterwarnings("ignore", message=".*exists and is not empty.*")  # ours to resume
+@contextmanager
+def stopping_in_order(trainer: pl.Trainer, config: dict[str, Any]) -> Iterator[None]:
+    """Say where a run that a signal stopped stands; Lightning turns both signals into a ``SystemExit``."""
+    try:
+        yield
+    except (SystemExit, KeyboardInterrupt) as stop:
+        if isinstance(stop, SIGTERMException):
+            number, verb = signal.SIGTERM, "terminated"
+        elif isinstance(stop, KeyboardInterrupt) or isinstance(stop.__context__, KeyboardInterrupt):
+            number, verb = signal.SIGINT, "interrupted"
+        else:
+            raise
+        if not trainer.is_global_zero:
+            raise SystemExit(128 + number) from None
+        newest = newest_checkpoint(Path(config["output"]) / "checkpoints")
+        command = "the same command" if config["resume"] == "auto" else "the same command with resume=auto"
+        goes_on = "starts again" if newest is None else f"resumes from checkpoint step {checkpoint_step(newest)}"
+        raise Stopped(f"{verb} at step {trainer.global_step}; {command} {goes_on}", number) from None
 
 
 def build_data(config: dict[str, Any]) -> pl.LightningDataModule:
@@ -66,7 +81,7 @@ def build_data(config: dict[str, Any]) -> pl.LightningDataModule:
     options = dict(config["data"])
     if config["prepare"] is not None:
         options["path"] = build(config["prepare"])
-    return build(options)
+    return build(options, "data")
 
 
 def build_trainer(config: dict[str, Any]) -> pl.Trainer:
@@ -77,51 +92,43 @@ def build_trainer(config: dict[str, Any]) -> pl.Trainer:
     options = dict(config["trainer"])
     micro_batches = options["accumulate_grad_batches"]
     steps = min(config["eval_every_n_steps"] or options["max_steps"], options["max_steps"])
-    callbacks = build(list(config["callbacks"].values()))
+    callbacks = list(build(config["callbacks"], "callbacks").values())
     if options.get("enable_progress_bar") is False:
         callbacks = [callback for callback in callbacks if not isinstance(callback, ProgressBar)]
+    # Without one, Lightning would add its own, whose files nothing here resumes from.
+    options.setdefault("enable_checkpointing", any(isinstance(callback, Checkpoint) for callback in callbacks))
     options |= {
         "default_root_dir": config["output"],
         "callbacks": callbacks,
-        "logger": list(config["logger"].values()) or False,
+        "logger": list(build(config["logger"], "logger").values()) or False,
         "val_check_interval": steps * micro_batches,
         "check_val_every_n_epoch": None,
     }
-    try:
-        return build(options)
-    except MisconfigurationException as error:
-        raise ValueError(f"the trainer refuses these options: {error}") from None
+    return build(options, "trainer")
 
 
 def check_vocabulary(config: dict[str, Any], data: Any) -> None:
     """Refuse a corpus whose token ids the model cannot read or would take for something else."""
-    corpus, model = data.train_corpus, config["model"].get("config", {})
-    size, eos = model.get("vocab_size"), model.get("eos_token_id")
-    if size is not None and corpus.vocab_size > size:
-        raise ValueError(
-            f"the corpus has {corpus.vocab_size} token ids but the model only {size}: pass vocabulary=NAME for the "
-            f"tokenizer of the corpus, or model.config.vocab_size={corpus.vocab_size}"
-        )
-    if eos is not None and corpus.eos_token_id is not None and corpus.eos_token_id != eos:
-        raise ValueError(
-            f"the corpus ends documents with token {corpus.eos_token_id} but the model with {eos}: pass "
-            f"vocabulary=NAME for the tokenizer of the corpus, or vocabulary.eos={corpus.eos_token_id}"
-        )
+    model = config["model"].get("config", {})
+    eos, landmark = model.get("eos_token_id"), model.get("landmark_token_id")
+    for corpus in (data.train_corpus, data.validation_corpus):
+        problem = corpus.misfit(vocab_size=model.get("vocab_size"), eos_token_ids=[] if eos is None else [eos])
+        if problem:
+            raise ValueError(
+                f"{problem}: pass vocabulary=NAME for the tokenizer of the corpus, or "
+                f"vocabulary.size={corpus.vocab_size} vocabulary.eos={corpus.eos_token_id}"
+            )
+        if landmark is not None and corpus.contains(landmark):
+            raise ValueError(
+                f"{corpus.path} holds token {landmark}, which the model takes for its landmark: pass "
+                "vocabulary.landmark=N with an id that no text has"
+            )
 
 
 def copy_tokenizer(source: Path | str | None, target: Path) -> None:
     """Keep the tokenizer beside the run, so that its model folder is complete."""
     if source is not None and Path(source).is_dir():
         shutil.copytree(source, target, dirs_exist_ok=True)
-
-
-def save_last(trainer: pl.Trainer, folder: Path) -> None:
-    """Save the final state where the checkpoint interval does not end on the last step."""
-    path = folder / f"step_{trainer.global_step}.ckpt"
-    # Saving is collective: all processes follow what the first one sees.
-    missing = trainer.strategy.broadcast(not path.exists())
-    if missing and trainer.checkpoint_callbacks and not trainer.fast_dev_run:
-        trainer.save_checkpoint(path)
 
 
 def finish(trainer: pl.Trainer, module: pl.LightningModule, data: pl.LightningDataModule, *, config: dict) -> None:

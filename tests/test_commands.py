@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from configuration.errors import user_errors_exit_2
+from configuration.errors import exit_with_sentence
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -30,7 +30,7 @@ def call(capsys, monkeypatch):
         main = importlib.import_module(command.removesuffix(".py")).main
         status = 0
         try:
-            with user_errors_exit_2(arguments):
+            with exit_with_sentence(arguments):
                 main(list(arguments))
         except SystemExit as stop:
             status = stop.code

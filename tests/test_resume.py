@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from callbacks.checkpoint import find_checkpoint
+from callbacks.checkpoint import newest_checkpoint
 from callbacks.loss_log import read_rows
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -72,7 +72,7 @@ def test_killed_and_resumed_equals_uninterrupted(tiny_corpus, tmp_path, accumula
     expected, actual = read_rows(whole / "train.jsonl"), read_rows(broken / "train.jsonl")
     assert [row["step"] for row in expected] == list(range(1, STEPS + 1))
     assert actual == expected
-    states = [torch.load(find_checkpoint(f / "checkpoints"), weights_only=True) for f in (whole, broken)]
+    states = [torch.load(newest_checkpoint(f / "checkpoints"), weights_only=True) for f in (whole, broken)]
     assert states[0]["global_step"] == states[1]["global_step"] == STEPS
     assert states[0]["state_dict"].keys() == states[1]["state_dict"].keys()
     assert all(torch.equal(states[1]["state_dict"][name], tensor) for name, tensor in states[0]["state_dict"].items())

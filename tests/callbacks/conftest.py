@@ -115,11 +115,11 @@ def make_trainer(tmp_path):
 def fit(make_trainer):
     """Train the tiny model with callbacks and return (trainer, module)."""
 
-    def run(*callbacks, module=None, data=None, **options):
+    def run(*callbacks, module=None, data=None, ckpt_path=None, **options):
         trainer = make_trainer(*callbacks, **options)
         module = Module(tiny_llama()) if module is None else module
         torch.manual_seed(5)
-        trainer.fit(module, datamodule=Data() if data is None else data)
+        trainer.fit(module, datamodule=Data() if data is None else data, ckpt_path=ckpt_path)
         return trainer, module
 
     return run

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from callbacks.checkpoint import AtomicCheckpointIO, find_checkpoint
+from callbacks.checkpoint import AtomicCheckpointIO, StepCheckpoint, newest_checkpoint
 from callbacks.loss_log import read_rows, truncate
 
 
@@ -25,7 +25,7 @@ def test_an_interrupted_save_leaves_the_old_file_and_nothing_to_resume_from(tmp_
     for name in ("step_1.ckpt", "step_2.ckpt"):
         with pytest.raises(Interrupted):
             AtomicCheckpointIO().save_checkpoint({"x": torch.arange(4)}, tmp_path / name)
-    assert find_checkpoint(tmp_path) == path
+    assert newest_checkpoint(tmp_path) == path
     assert torch.equal(AtomicCheckpointIO().load_checkpoint(path)["x"], torch.arange(3))
 
 
@@ -33,7 +33,7 @@ def test_the_newest_is_by_number_not_by_name(tmp_path):
     for step in (9, 100, 20):
         AtomicCheckpointIO().save_checkpoint({}, tmp_path / f"step_{step}.ckpt")
     AtomicCheckpointIO().save_checkpoint({}, tmp_path / "nan_step_500.ckpt")
-    assert find_checkpoint(tmp_path).name == "step_100.ckpt"
+    assert newest_checkpoint(tmp_path).name == "step_100.ckpt"
 
 
 def test_truncate_drops_later_rows_and_a_cut_line(tmp_path):
@@ -46,3 +46,40 @@ def test_truncate_drops_later_rows_and_a_cut_line(tmp_path):
     assert read_rows(path) == []
     truncate(tmp_path / "absent.jsonl", last_step=3)
     assert not (tmp_path / "absent.jsonl").exists()
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_any_number_of_resumes_leaves_as_many_files_as_asked_for(fit, tmp_path):
+    folder = tmp_path / "checkpoints"
+    for max_steps in (3, 6, 10, 10):
+        newest = newest_checkpoint(folder)
+        options = {"enable_checkpointing": True, "ckpt_path": newest, "max_steps": max_steps}
+        fit(StepCheckpoint(str(folder), every_n_train_steps=2, save_top_k=2), **options)
+        assert newest_checkpoint(folder).name == f"step_{max_steps}.ckpt"
+    assert names(folder) == ["step_10.ckpt", "step_8.ckpt"]
+
+
+class Recorded(AtomicCheckpointIO):
+    def __init__(self):
+        self.steps = []
+
+    def save_checkpoint(self, checkpoint, path, storage_options=None):
+        self.steps.append(checkpoint["global_step"])
+        super().save_checkpoint(checkpoint, path, storage_options)
+
+
+@pytest.mark.parametrize(("save_top_k", "steps"), [(1, [5]), (None, [2, 4, 5])])
+def test_steps_are_saved_once_and_the_last_always(fit, tmp_path, save_top_k, steps):
+    callback, recorded = StepCheckpoint(str(tmp_path), every_n_train_steps=2, save_top_k=save_top_k), Recorded()
+    fit(callback, enable_checkpointing=True, max_steps=5, accumulate_grad_batches=3, plugins=[recorded])
+    assert recorded.steps == [2, 4, 5]
+    assert names(tmp_path) == [f"step_{step}.ckpt" for step in steps]
+
+
+@pytest.mark.parametrize("options", [{"every_n_train_steps": 0}, {"every_n_train_steps": 1, "save_top_k": 0}])
+def test_a_callback_that_never_saves_is_refused(options):
+    with pytest.raises(ValueError, match="must be at least 1"):
+        StepCheckpoint("x", **options)

@@ -35,12 +35,12 @@ def test_without_the_guard_the_weights_are_lost(fit, lab):
 
 
 def test_resuming_does_not_look_at_the_file(fit, lab, tmp_path):
-    from callbacks.checkpoint import find_checkpoint
+    from callbacks.checkpoint import newest_checkpoint
 
     with pytest.raises(NonFiniteLossError):
         fit(NaNGuard(output=str(tmp_path / "run")), module=lab["Module"](lab["tiny_llama"](), poison_step=0))
     assert (tmp_path / "run" / "nan_step_0.ckpt").is_file()
-    assert find_checkpoint(tmp_path / "run") is None
+    assert newest_checkpoint(tmp_path / "run") is None
 
 
 def test_every_rank_stops_when_another_one_saw_it(fit, monkeypatch):

@@ -1,6 +1,7 @@
 """Binding recipe options to signatures, and building objects from them."""
 
 import functools
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -41,6 +42,9 @@ class Part:
         ({"a": 1}, dict[str, Any], True),
         (3, Any, True),
         ([0.9, 0.95], tuple[float, float], True),
+        ([0.9], tuple[float, float], False),
+        ([0.9, "x"], tuple[float, float], False),
+        ([1, 2, 3], tuple[int, ...], True),
     ],
 )
 def test_fits(value, annotation, expected):
@@ -80,3 +84,25 @@ def test_build_nests_targets_and_partials():
     assert isinstance(built["layers"][0], torch.nn.Linear) and built["n"] == 1
     made = build({"_target_": "torch.nn.Linear", "_partial_": True, "in_features": 2})
     assert isinstance(made, functools.partial) and made(out_features=5).weight.shape == (5, 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"_target_": "torch.nn.Linear", "in_features": "x", "out_features": 1}, "a.b: "),
+        ({"_target_": "lightning.pytorch.Trainer", "accelerator": "cpu", "devices": -3}, "a.b: `devices` selected"),
+        ({"_target_": "lightning.pytorch.Trainer", "accelerator": "cpu", "max_time": "x"}, "a.b: `Timer"),
+        ({"_target_": "lightning.pytorch.loggers.WandbLogger"}, "a.b: .*pip install"),
+    ],
+)
+def test_whatever_a_constructor_raises_names_the_section(options, sentence, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ValueError, match=sentence):
+        build({"b": options}, "a")
+
+
+def test_a_missing_file_and_an_error_of_a_function_stay_what_they_are(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        build({"_target_": "configuration.export.CheckpointExport", "checkpoint": str(tmp_path / "x")}, "a")
+    with pytest.raises(TypeError, match="zeros"):
+        build({"_target_": "torch.zeros", "nothing": 1}, "a")
