@@ -205,13 +205,12 @@ class ScoredSequencesDataModule(pl.LightningDataModule):
 
     def _loader(self, dataset: SequenceBatches, start: int = 0) -> PlainStateLoader:
         data: Any = dataset
-        sampler: Any = EpochSampler(len(dataset), start)
-        if dataset.plan.endless:
-            sampler = OffsetSampler(data, min(start, len(dataset)))
+        length = len(dataset)
+        whole_run = dataset.plan.endless
         return PlainStateLoader(
             data,
             batch_size=None,
-            sampler=sampler,
+            sampler=OffsetSampler(data, min(start, length)) if whole_run else EpochSampler(length, start),
             num_workers=self.num_workers,
             pin_memory=self.pin_memory,
             # Of its own, lest iterators draw worker seeds from the global random state, which would change dropout.

@@ -107,6 +107,8 @@ def test_a_finished_run_can_be_prolonged(stores, tmp_path):
     options = {"batch_size": 5, "accumulate_grad_batches": 2}
     whole = fit(stores, tmp_path / "whole", options=options, limits={"max_steps": 5})
     fit(stores, tmp_path, options=options, limits={"max_steps": 3}, callbacks=[SaveEverywhere(tmp_path)])
+    done = fit(stores, tmp_path / "on", options=options, limits={"max_steps": 3}, resume=tmp_path / "step=3.ckpt")
+    assert not done.read and not fit(stores, tmp_path / "none", options=options, limits={"max_steps": 0}).read
     for name in ("step=3.ckpt", "epoch_end_3.ckpt"):
         longer = fit(stores, tmp_path / "on", options=options, limits={"max_steps": 5}, resume=tmp_path / name)
         assert [entry[3:] for entry in longer.read] == [entry[3:] for entry in whole.read if entry[0] >= 3]
