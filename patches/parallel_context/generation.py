@@ -57,7 +57,7 @@ class Sampling:
             logits = logits.masked_fill(logits < least, float("-inf"))
         probabilities = torch.softmax(logits, -1)
         if self.top_p is not None:
-            ordered, index = probabilities.sort(-1, descending=True, stable=True)
+            ordered, index = torch.sort(probabilities, dim=-1, descending=True, stable=True)
             # The token that crosses top_p stays.
             ordered = ordered.masked_fill(ordered.cumsum(-1) - ordered >= self.top_p, 0.0)
             probabilities = torch.zeros_like(probabilities).scatter_(-1, index, ordered)

@@ -94,8 +94,9 @@ class ModelHook:
         ) -> tuple[Tensor, None]:
             call = AttentionCall(
                 int(module.layer_idx),  # type: ignore[arg-type]
-                query,
-                key,
+                # Under autocast the rotation lifts queries and keys to float32; values show the type of the products.
+                query.to(value.dtype),
+                key.to(value.dtype),
                 value,
                 float(scaling),
                 options.get("sliding_window"),

@@ -10,11 +10,13 @@ from patches.parallel_context.splitting import token_list
 IGNORE_INDEX = -100
 
 
-def _nested(value: Any) -> bool:
-    """Say whether a value is a sequence of sequences (or of tensors)."""
+def _depth(value: Any) -> int:
+    """Return how deep lists and tensors are nested: 0 for a token, 1 for tokens; an empty list counts as 1."""
     if isinstance(value, Tensor):
-        return value.dim() > 1
-    return any(isinstance(item, list | tuple | Tensor) for item in value)
+        return value.dim()
+    if isinstance(value, list | tuple):
+        return 1 + max((_depth(item) for item in value), default=0)
+    return 0
 
 
 def as_context(pieces: Any) -> list[list[list[int]]]:
@@ -23,8 +25,13 @@ def as_context(pieces: Any) -> list[list[list[int]]]:
     Raises:
         ValueError: On an empty piece, or ids that are not integers.
     """
-    deep = any(isinstance(item, list | tuple) and (_nested(item) or not len(item)) for item in pieces)
-    rows = pieces if deep else [pieces]
+    if len(pieces) and _depth(pieces) < 2:
+        raise ValueError(
+            "pieces is a list of pieces, each a list of token ids; split one text with split_context first"
+        )
+    # Pieces without a token make no example: nothing but empty lists is a batch of contexts without pieces.
+    batch = _depth(pieces) > 2 or (len(pieces) > 0 and not any(len(item) for item in pieces))
+    rows = pieces if batch else [pieces]
     result = [[token_list(piece) for piece in row] for row in rows]
     for number, row in enumerate(result):
         if any(not piece for piece in row):
@@ -38,7 +45,7 @@ def as_queries(query_ids: Any, batch: int) -> tuple[Tensor, list[int]]:
     Raises:
         ValueError: If there is not one query per row, or one is empty.
     """
-    rows = [token_list(row) for row in query_ids] if _nested(query_ids) else [token_list(query_ids)]
+    rows = [token_list(row) for row in query_ids] if _depth(query_ids) > 1 else [token_list(query_ids)]
     if len(rows) != batch:
         raise ValueError(f"the state holds {batch} contexts, so there must be as many queries, got {len(rows)}")
     lengths = [len(row) for row in rows]
@@ -59,7 +66,7 @@ def as_targets(targets: Any, tokens: Tensor, lengths: list[int]) -> Tensor:
         for row, length in enumerate(lengths):
             result[row, : length - 1] = tokens[row, 1:length]
         return result
-    rows = [token_list(row) for row in targets] if _nested(targets) else [token_list(targets)]
+    rows = [token_list(row) for row in targets] if _depth(targets) > 1 else [token_list(targets)]
     if len(rows) != batch:
         raise ValueError(f"there must be one list of targets per query, {batch}, got {len(rows)}")
     for row, (given, length) in enumerate(zip(rows, lengths, strict=True)):

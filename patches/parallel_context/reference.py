@@ -53,7 +53,7 @@ def dense_grouped_attention(
     groups = [ids == number for number in range(num_pieces + 1)] + [(ids == -1).expand_as(visible)]
     groups = [group & visible for group in groups]
     top = 5 if selection is None else selection.score_top_k
-    found = [_score(plain, group, top) for group in groups[1:-1]]
+    found = [_score(plain, ids == number, top) for number in range(1, num_pieces + 1)]
     found = torch.stack(found, -1) if found else plain.new_zeros(*plain.shape[:3], 0)
     used = scores
     if used is None and selection is not None:

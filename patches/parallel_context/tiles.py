@@ -64,11 +64,25 @@ def cut_tiles(problem: Problem, *, detail: bool) -> Iterator[Tile]:
         blocks = find_blocks(problem.context, problem.num_pieces, kv_heads, detail=False)
     ratio, tokens = problem.query.shape[1] // kv_heads, problem.query.shape[2]
     for block in blocks:
-        per_token = max(1, ratio * (block.width + num_own))
-        for rows, heads in _cut_block(block, problem.tile // per_token, kv_heads):
-            step = max(1, problem.tile // ((rows.stop - rows.start) * (heads.stop - heads.start) * per_token))
+        slots = max(1, block.width + num_own)
+        for rows, heads in _cut_block(block, problem.tile // (ratio * slots), kv_heads):
+            logits = problem.tile // ((rows.stop - rows.start) * (heads.stop - heads.start) * ratio)
+            step = _tokens(problem, logits, block.width, num_own)
             for first in range(0, tokens, step):
                 yield _make(problem, block, rows, heads, slice(first, min(first + step, tokens)), detail=detail)
+
+
+def _tokens(problem: Problem, logits: int, context: int, num_own: int) -> int:
+    """Return how many query tokens of one head fit into a tile of so many logits."""
+    known = problem.own.host_positions
+    if problem.window is None or known is None:
+        return max(1, logits // max(1, context + num_own))
+    first = torch.searchsorted(known, known - problem.window, right=True)
+    seen = int((torch.arange(num_own) - first).max()) + 1
+    step = max(64, seen)  # small tiles cost calls, large ones see keys outside their windows
+    while step > 1 and step * (context + min(seen + step, num_own)) > logits:
+        step //= 2
+    return step
 
 
 def _cut_block(block: Block, most_cells: int, kv_heads: int) -> Iterator[tuple[slice, slice]]:

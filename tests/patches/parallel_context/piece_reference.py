@@ -30,7 +30,9 @@ class Reference:
     hidden: object = None
     """Function (layer, query row, kv head) -> context slots that are hidden."""
     num_heads: int = 2
-    score_top_k: int = 5
+    first_pass: bool = False
+    """Collect scores: the rows beyond `shared` are read without selection."""
+    shared: object = None
     entropy: list = field(default_factory=list)
     mass: list = field(default_factory=list)
     scores: list = field(default_factory=list)
@@ -61,12 +63,8 @@ def run_reference(model, reference, fractional=False):
     model = copy.deepcopy(model)
     selection = reference.selection
     shared = None
-    if selection is not None and selection.two_pass:
-        first = copy.copy(reference)
-        first.selection, first.scores = None, []
-        first.score_top_k = selection.score_top_k
-        run_reference(model, first, fractional)
-        shared = _by_call(torch.stack(first.scores), reference, selection)
+    if selection is not None and selection.two_pass and not reference.first_pass:
+        shared = _first_passes(model, reference)
     places = reference.places(fractional)
     for name in ("entropy", "mass", "scores", "keys", "queries"):
         getattr(reference, name).clear()
@@ -76,7 +74,8 @@ def run_reference(model, reference, fractional=False):
         reference.queries.append(query)
         layer = module.layer_idx
         hidden = _hidden(reference, places, layer, sliding_window)
-        given = None if shared is None else shared[min(layer, len(shared) - 1)]
+        scores = reference.shared if reference.first_pass else shared
+        given = None if scores is None else scores[min(layer, len(scores) - 1)]
         options = {"scale": scaling, "softcap": softcap}
         return _attend(reference, (query, key, value), hidden, given, options).transpose(1, 2), None
 
@@ -113,17 +112,40 @@ def _attend(reference, tensors, hidden, given, options):
     everything = torch.zeros(len(segments), dtype=torch.long)
     context = dense_grouped_attention(query, key, value, everything, hidden=hidden, own=0, **options)[0][:, :, :first]
     tensors, hidden = (query[:, :, first:], key, value), hidden[:, :, first:]
-    top = reference.score_top_k if selection is None else selection.score_top_k
+    top = 5 if selection is None else selection.score_top_k
     counter = SelectiveAttention(top_k=99, score_top_k=top)
     scores = dense_grouped_attention(*tensors, segments, hidden=hidden, own=0, selection=counter, **options)[3]
     reference.scores.append(scores[0])
-    if selection is not None and given is None:
+    if selection is not None and given is None and not reference.first_pass:
         given = _by_call(scores[0], reference, selection)
-    policy = {"selection": selection, "ape": reference.ape, "scores": None if given is None else given[None]}
-    found = dense_grouped_attention(*tensors, segments, hidden=hidden, own=0, **policy, **options)
-    reference.entropy.append(found[2][0])
-    reference.mass.append(found[4][0])
-    return torch.cat([context, found[0]], 2).to(query.dtype)
+    chosen = 0 if given is None else given.shape[1]
+    parts = [(slice(0, chosen), selection, given), (slice(chosen, None), None, None)]
+    found = []
+    for rows, policy, scores in parts:
+        if hidden[:, :, rows].shape[2]:
+            scores = None if scores is None else scores[None]
+            rest = (tensors[0][:, :, rows], *tensors[1:], segments)
+            common = {"ape": reference.ape, "own": 0, "hidden": hidden[:, :, rows], **options}
+            found.append(dense_grouped_attention(*rest, selection=policy, scores=scores, **common))
+    output, _, entropy, _, mass = (torch.cat(parts, 2) for parts in zip(*found, strict=True))
+    reference.entropy.append(entropy[0])
+    reference.mass.append(mass[0])
+    return torch.cat([context, output], 2).to(query.dtype)
+
+
+def _first_passes(model, reference):
+    """The shared scores of two passes: each call is first read without selection, behind the calls before it."""
+    selection, calls = reference.selection, reference.calls or [len(reference.query)]
+    raw, shared = [], None
+    for number, size in enumerate(calls, 1):
+        first = copy.copy(reference)
+        first.first_pass, first.shared = True, shared
+        first.calls, first.query = calls[:number], reference.query[: sum(calls[:number])]
+        first.entropy, first.mass, first.scores, first.keys, first.queries = [], [], [], [], []
+        run_reference(model, first)
+        raw.append(torch.stack(first.scores)[:, :, -size:])
+        shared = _by_call(torch.cat(raw, 2), first, selection)
+    return shared
 
 
 def _by_call(scores, reference, selection):
