@@ -155,8 +155,7 @@ class TokenWeighting:
             # Divided first: n r may exceed what sum(r) does not.
             return scores / scores.sum(dim=1, keepdim=True).masked_fill(~valid.any(dim=1, keepdim=True), 1.0) * size
         if self.normalization == "softmax":
-            # -inf would make a row without targets NaN; the smallest number rounds to a share of exactly 0.
-            return scores.masked_fill(~valid, torch.finfo(scores.dtype).min).softmax(dim=1) * size
+            return scores.masked_fill(~valid, -math.inf).softmax(dim=1) * size
         return scores
 
     def _check(self, long_nll: Tensor, base_nll: Tensor | None, valid: Tensor | None, generator: Any) -> None:

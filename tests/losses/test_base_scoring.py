@@ -2,28 +2,16 @@
 
 import copy
 import itertools
-import json
-from pathlib import Path
 
 import pytest
 import torch
 from causal_lm_cases import FAMILIES, build, dense_nll, token_ids
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM, FalconConfig, FalconForCausalLM
+from transformers import BloomConfig, BloomForCausalLM, FalconConfig, FalconForCausalLM
 
 import losses.window_layouts as layouts
 from losses.base_scoring import pack_scores, plan_windows, score_base_nll, unpack_scores
-from losses.token_weights import TokenWeighting
 
-FIXTURES = Path(__file__).resolve().parents[1] / "fixtures" / "token_weighting"
-TENSORS = load_file(FIXTURES / "scoring.safetensors")
-TABLE = json.loads((FIXTURES / "scoring.json").read_text())
 SIZES = {"base_length": 16, "base_stride": 12}
-
-
-@pytest.fixture(scope="module")
-def published():
-    return AutoModelForCausalLM.from_pretrained(FIXTURES / "tiny_llama", attn_implementation="eager")
 
 
 def one_by_one(model, input_ids, *, first_window=False, bos_token_id=None, **plan):
@@ -41,33 +29,6 @@ def one_by_one(model, input_ids, *, first_window=False, bos_token_id=None, **pla
 def assert_scores(scores, expected, atol=5e-5):
     assert scores.dtype == torch.float32
     torch.testing.assert_close(scores.double(), expected, rtol=0, atol=atol, equal_nan=True)
-
-
-@pytest.mark.parametrize("layout", ["batched", "packed"])
-@pytest.mark.parametrize("key", [key for key in TABLE if key != "longce"])
-def test_published_scores(published, key, layout):
-    record = TABLE[key]
-    options = {name: record[name] for name in ("base_length", "base_stride", "bos_token_id")}
-    options |= {"tail": record.get("tail", "align"), "layout": layout}
-    ids = TENSORS[f"{key}.ids"]
-    frozen = score_base_nll(published, ids, first_window=True, **options)
-    assert_scores(frozen, TENSORS[f"{key}.base_frozen"].double(), atol=3e-5)
-    own = score_base_nll(published, ids, **options)
-    assert_scores(own, frozen.double().index_fill(1, torch.arange(record["base_length"] - 1), torch.nan), atol=1e-5)
-    if f"{key}.base_self" in TENSORS:
-        assert_scores(own, TENSORS[f"{key}.base_self"].double(), atol=3e-5)
-
-
-@pytest.mark.parametrize("case", TABLE["longce"])
-def test_longce_weights_and_loss_equal_those_of_its_authors(published, case):
-    record, ids = TABLE["longce"][case], TENSORS["longce.ids"]
-    options = {name: record[name] for name in ("base_length", "base_stride", "tail")}
-    long_nll = score_base_nll(published, ids, base_length=50, base_stride=1, first_window=True)
-    weighting = TokenWeighting.preset("longce", truncation=record["truncation"])
-    weights = weighting.weights(long_nll, score_base_nll(published, ids, **options))
-    torch.testing.assert_close(long_nll[0], TENSORS[f"{case}.long"], rtol=0, atol=3e-5)
-    torch.testing.assert_close(weights[0], TENSORS[f"{case}.weights"], rtol=0, atol=5e-5)
-    assert float((weights * long_nll).mean()) == pytest.approx(record["loss"], rel=2e-5)
 
 
 @pytest.mark.parametrize("tail", ["align", "short"])

@@ -92,6 +92,7 @@ WEIGHTINGS = [
     TokenWeighting.preset("dense"),
     TokenWeighting.preset("sparse"),
     TokenWeighting.preset("sparse", sparsity=0.5, interpolation=0.3),
+    TokenWeighting.preset("sparse", sparsity=0.01),
     TokenWeighting.preset("longce"),
     TokenWeighting.preset("longce", truncation=None),
     TokenWeighting.preset("ppmi", shift=1.5),
@@ -188,12 +189,32 @@ def test_parity_permutes_every_row_once_any_row_has_too_many_zeros():
     assert not torch.equal(random_mask(scores, seeded()), expected)
 
 
+def test_a_share_of_zeros_that_fits_exactly_draws_nothing():
+    scores, generator = torch.tensor([[0.0, 0, 0, 0, 0, 0, 0, 0.2, 0.3, 0.1]]), seeded()
+    for parity in (False, True):
+        mask = random_mask(scores, generator, sparsity=0.3, parity=parity)
+        assert mask.tolist() == [[0] * 7 + [1] * 3]
+    assert torch.equal(generator.get_state(), seeded().get_state())
+
+
 def test_without_filling_a_zero_is_never_kept():
     scores = tied_scores()
     weighting = TokenWeighting.preset("sparse", sparsity=0.25)
     weights = weighting.weights(scores, torch.zeros_like(scores))
     assert (weights > 0).sum(-1).tolist() == [5, 3, 20]
     assert weights[0].max() == 4 and weights[2].unique().tolist() == [1]
+
+
+def test_figures_of_a_published_training_sequence():
+    long_nll, base_nll = torch.rand(2, 1, 32767, generator=seeded(), dtype=torch.float64)
+    base_nll[:, :8191] = torch.nan
+    dense = TokenWeighting.preset("dense").weights(long_nll, base_nll)
+    assert bool((dense[:, :8191] == 0.75).all()) and float(dense[:, 8191:].mean()) == pytest.approx(1.0833, abs=5e-5)
+    sparse = TokenWeighting.preset("sparse").weights(long_nll, base_nll)
+    assert int((sparse > 0).sum()) == 6553 and float(sparse.max()) == pytest.approx(5.0003, abs=5e-5)
+    assert bool((TokenWeighting.preset("longce").weights(long_nll, base_nll)[:, :8191] == 1).all())
+    for name in ("sparse", "ppmi", "npmi"):
+        assert bool((TokenWeighting.preset(name).weights(long_nll, base_nll)[:, :8191] == 0).all())
 
 
 @pytest.mark.parametrize("low", ["long_nll", "base_nll"])
@@ -210,9 +231,10 @@ def test_the_gradient_of_the_sum_is_the_weight():
     long_nll, base_nll, valid = random_losses()
     leaf = long_nll.float().requires_grad_()
     weights = TokenWeighting.preset("dense").weights(leaf, base_nll.float(), valid)
-    total, count = weighted_nll_sum(leaf, weights.masked_fill(~valid, float("nan")), valid)
+    given = weights.masked_fill(~valid, float("nan")).requires_grad_()
+    total, count = weighted_nll_sum(leaf, given, valid)
     total.backward()
-    assert torch.equal(leaf.grad, weights)
+    assert torch.equal(leaf.grad, weights) and given.grad is None
     assert int(count) == int(valid.sum()) and bool(total.isfinite())
 
 
