@@ -113,7 +113,7 @@ def open_run(config: dict[str, Any]) -> tuple[Path, Path | None]:
     """
     folder, resume = Path(config["output"]), config["resume"]
     first = rank_zero_only.rank == 0
-    if first and (folder / "config.yaml").is_file():
+    if first and _has_begun(folder):
         _refuse_another_run(folder, config)
     named = isinstance(resume, str) and resume != "auto"
     checkpoint = named_checkpoint(resume) if named else newest_checkpoint(folder / "checkpoints") if resume else None
@@ -122,6 +122,13 @@ def open_run(config: dict[str, Any]) -> tuple[Path, Path | None]:
     if first and named and checkpoint is not None:
         _warn_of_other_options(checkpoint, config)
     return folder, checkpoint
+
+
+def _has_begun(folder: Path) -> bool:
+    """Whether a run in this folder took a step; one that failed before that binds nobody to its options."""
+    return (folder / "config.yaml").is_file() and any(
+        (folder / name).exists() for name in ("train.jsonl", "checkpoints")
+    )
 
 
 def _refuse_another_run(folder: Path, config: dict[str, Any]) -> None:

@@ -47,9 +47,16 @@ def test_a_new_folder_starts_and_a_started_one_resumes_from_the_newest(config, t
     assert checkpoint_step(newest) == 10 and checkpoint_step("x/other.ckpt") is None
 
 
+def test_a_run_that_took_no_step_binds_nobody(config):
+    folder, _ = open_run(config)
+    write_start(folder, config)
+    assert open_run({**config, "seed": 2}) == (folder, None)
+
+
 def test_other_options_refuse_and_free_ones_do_not(config):
     folder, _ = open_run(config)
     write_start(folder, config)
+    (folder / "train.jsonl").touch()
     config["model"]["config"]["hidden_size"] = 16
     with pytest.raises(ValueError, match=r"model.config.hidden_size: 8 -> 16"):
         open_run(config)
@@ -65,6 +72,7 @@ def test_other_options_refuse_and_free_ones_do_not(config):
 def test_resume_false_never_overwrites(config):
     folder, _ = open_run({**config, "resume": False})
     write_start(folder, config)
+    save(folder, 1)
     with pytest.raises(FileExistsError, match="already holds a run"):
         open_run({**config, "resume": False})
 
@@ -103,6 +111,9 @@ def test_an_older_checkpoint_does_not_resume_over_later_ones(config):
 def test_only_the_first_process_decides(config, monkeypatch):
     folder, _ = open_run(config)
     write_start(folder, config)
+    save(folder, 1)
+    with pytest.raises(FileExistsError):
+        open_run({**config, "resume": False})
     monkeypatch.setattr(rank_zero_only, "rank", 1)
     assert open_run({**config, "resume": False}) == (folder, None)
 
@@ -157,6 +168,7 @@ def test_an_option_and_its_copies_are_one_difference(config):
     composed = Composed({**config, "module": {"seed": 1}}, {"module.seed": "seed"})
     folder, _ = open_run(composed)
     write_start(folder, composed)
+    save(folder, 1)
     changed = Composed({**composed, "seed": 2, "module": {"seed": 2}}, composed.sources)
     with pytest.raises(ValueError, match=r"other options \(seed: 1 -> 2\):"):
         open_run(changed)
