@@ -45,15 +45,22 @@ def _commit() -> str:
     return done.stdout.strip() or "unknown"
 
 
+def identity(device: str) -> dict[str, str]:
+    """Say when, of what and where a row was measured."""
+    return {
+        "date": datetime.now(UTC).date().isoformat(),
+        "commit": _commit(),
+        "machine": machine(device),
+        "threads": str(torch.get_num_threads()),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+    }
+
+
 def record(case: Case, row: Row) -> None:
     """Append one row to the file of its group."""
     values = {
-        "date": datetime.now(UTC).date().isoformat(),
-        "commit": _commit(),
-        "machine": machine(case.device),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "triton": _version("triton"),
+        **identity(case.device),
         "case": case.id,
         "shape": row.shape,
         "measure": row.measure,
