@@ -1,16 +1,13 @@
 """Next-token negative log-likelihood per position, with the sum left to the caller.
 
-B batch, T tokens, V vocabulary, N = B T rows.
-
-Notable: the rows are worked on in blocks, so neither the forward nor the backward pass ever holds a second
-[N, V] float32 tensor. Nothing but the logits themselves is kept for the backward pass; the softmax is formed again.
+B batch, T tokens, V vocabulary.
 """
-
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from kernels.cross_entropy import logit_nll
 
 IGNORE_INDEX = -100
 
@@ -49,46 +46,10 @@ def next_token_nll(
     if document_ids is not None:
         same = document_ids[:, 1:] == document_ids[:, :-1]
         counted = counted & F.pad(same, (0, 1), value=True)
-    targets = targets.masked_fill(~counted, 0)
-    _check_vocabulary(targets, logits.shape[-1])
-    nll = _RowwiseNLL.apply(logits.flatten(0, 1), targets.flatten(), counted.flatten())
-    return nll.view(labels.shape), counted
-
-
-class _RowwiseNLL(torch.autograd.Function):
-    """Cross entropy of rows ``[N, V]`` in blocks; rows that do not count are never looked at by the result."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor, counted: Tensor) -> Tensor:
-        ctx.save_for_backward(logits, targets, counted)
-        nll = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
-        for rows in _row_blocks(logits):
-            nll[rows] = F.cross_entropy(_wide(logits[rows]), targets[rows], reduction="none").float()
-        return nll.masked_fill_(~counted, 0.0)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        logits, targets, counted = ctx.saved_tensors
-        grad_logits = torch.empty_like(logits)
-        for rows in _row_blocks(logits):
-            # d nll / d logits = softmax - onehot(target), times the incoming gradient of the row.
-            block = torch.softmax(_wide(logits[rows]), dim=-1)
-            block.scatter_add_(1, targets[rows, None], block.new_full((block.shape[0], 1), -1.0))
-            block *= grad[rows, None].to(block.dtype)
-            grad_logits[rows] = block.masked_fill_(~counted[rows, None], 0.0).to(logits.dtype)
-        return grad_logits, None, None
-
-
-def _wide(block: Tensor) -> Tensor:
-    return block.to(torch.promote_types(block.dtype, torch.float32))
-
-
-def _row_blocks(logits: Tensor) -> list[slice]:
-    # CPU blocks stay in the cache; on a GPU larger blocks keep the number of launches small (256 MiB of float32).
-    elements = 2**26 if logits.is_cuda else 2**20
-    step = max(1, elements // max(1, logits.shape[1]))
-    return [slice(start, start + step) for start in range(0, logits.shape[0], step)]
+    _check_vocabulary(targets.masked_fill(~counted, 0), logits.shape[-1])
+    targets = targets.masked_fill(~counted, IGNORE_INDEX)
+    nll = logit_nll(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX)
+    return nll.float().view(labels.shape), counted
 
 
 def _check_shapes(logits: Tensor, labels: Tensor, next_token: Tensor | None, document_ids: Tensor | None) -> None:
@@ -103,6 +64,7 @@ def _check_shapes(logits: Tensor, labels: Tensor, next_token: Tensor | None, doc
 
 
 def _check_vocabulary(targets: Tensor, vocab_size: int) -> None:
+    # On a GPU this check would wait for the device.
     if targets.device.type != "cpu" or targets.numel() == 0:
         return
     low, high = (int(x) for x in targets.aminmax())

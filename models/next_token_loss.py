@@ -1,19 +1,14 @@
-"""Next-token cross entropy in float32 that keeps no copy of the logits.
+"""The training loss of the models: next-token cross entropy in float32.
 
-The gradient is formed from the logits and one number per row, in blocks of rows, so that beside logits and their
-gradient (both in the dtype of the logits) only one block is ever held in float32.
-
-Legend: B batch, T tokens, V vocabulary, N rows.
+Legend: B batch, T tokens, V vocabulary.
 """
 
-from typing import Any
-
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kernels.cross_entropy import logit_nll
+
 IGNORED = -100
-_BLOCK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 27}
 
 
 def counted_targets(labels: Tensor, document_numbers: Tensor | None) -> Tensor:
@@ -35,39 +30,6 @@ def next_token_loss(logits: Tensor, targets: Tensor, num_items: Tensor | int | N
 
     loss = sum of -log softmax(logits)[target] / number of counted targets (or ``num_items``); 0 without targets.
     """
-    total = SummedCrossEntropy.apply(logits.flatten(0, 1), targets.flatten())
+    total = logit_nll(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED).sum()
     count = (targets != IGNORED).sum().clamp_min(1) if num_items is None else num_items
     return total / (count.to(total.device) if isinstance(count, Tensor) else count)
-
-
-class SummedCrossEntropy(torch.autograd.Function):
-    """sum_n of logsumexp(x_n) - x_n[t_n] over rows with a target; gradient softmax(x_n) - onehot(t_n)."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
-        """Sum over ``[N, V]`` with targets ``[N]``, -100 ignored."""
-        counted = targets != IGNORED
-        index = targets.clamp_min(0)[:, None]
-        chosen = logits.gather(1, index).squeeze(1).float()
-        normaliser = torch.cat([block.float().logsumexp(1) for block in logits.split(_rows(logits))])
-        ctx.save_for_backward(logits, index, counted, normaliser)
-        return torch.where(counted, normaliser - chosen, 0.0).sum()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        """Fill the gradient of the logits block by block."""
-        logits, index, counted, normaliser = ctx.saved_tensors
-        out, rows = torch.empty_like(logits), _rows(logits)
-        factor = torch.where(counted, gradient, 0.0)
-        pieces = (tensor.split(rows) for tensor in (out, logits, index, normaliser, factor))
-        for target, block, chosen, total, weight in zip(*pieces, strict=True):
-            share = (block.float() - total[:, None]).exp_()
-            share.scatter_(1, chosen, share.gather(1, chosen) - 1)
-            torch.mul(share, weight[:, None], out=share)
-            target.copy_(share)
-        return out, None
-
-
-def _rows(logits: Tensor) -> int:
-    return max(1, _BLOCK_ELEMENTS.get(logits.device.type, 1 << 24) // logits.shape[1])
