@@ -18,10 +18,10 @@ def main(arguments: list[str]) -> None:
     from configuration.check import check
 
     missing = check(config)
-    from configuration.training import describe, run
+    from configuration.training import dry_run, run
 
     if config["dry_run"]:
-        print(describe(config, missing))
+        print(dry_run(config, missing))
     else:
         run(config, print)
 

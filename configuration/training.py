@@ -170,8 +170,19 @@ def config_callback(trainer: pl.Trainer, attribute: str) -> Any:
     return next((callback for callback in trainer.callbacks if hasattr(callback, attribute)), None)
 
 
+def dry_run(config: dict[str, Any], missing: Sequence[str]) -> str:
+    """Build what a run builds, on the meta device; return the sizes and what this machine lacks for the run.
+
+    Raises:
+        ValueError: the trainer refuses its options (not asked where something is missing).
+    """
+    if not missing:
+        build_trainer(config)
+    return describe(config, missing)
+
+
 def describe(config: dict[str, Any], missing: Sequence[str] = ()) -> str:
-    """Sizes of a run, from a model built on the meta device: what ``dry_run=true`` prints.
+    """Sizes of a run, from a model built on the meta device.
 
     Args:
         config: the composed recipe.

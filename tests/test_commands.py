@@ -57,7 +57,7 @@ def test_help_lists_recipes(call, command):
         ("train.py", ["recipe=books_gca", "scale=tiny", "data.path=nowhere"], "data.path=nowhere does not exist"),
         ("train.py", ["recipe=quickstart", "model.config.num_attention_heads=5"], "model.config"),
         ("train.py", ["recipe=quickstart", "trainer.max_steps=many"], "trainer.max_steps must be int"),
-        ("train.py", ["recipe=quickstart", "resume=runs/no.ckpt"], "is no checkpoint file"),
+        ("train.py", ["recipe=quickstart", "resume=runs/no.ckpt"], "no checkpoint file"),
         ("export.py", ["checkpoint=nowhere"], "no run folder"),
         ("generate.py", ["model.path=./nowhere", "prompt=hi"], "no model folder"),
         ("eval.py", ["recipe=perplexity", "model.path=./nowhere", "data.path=./nowhere"], "nowhere"),
@@ -105,6 +105,24 @@ def test_from_corpus_to_generated_text(call, tiny_corpus, tmp_path):
     )
     assert evaluated.returncode == 0, evaluated.stderr[-3000:]
     assert (tmp_path / "eval" / "metrics.json").is_file()
+    nothing_of_another_command_is_overwritten(call, run, tmp_path / "eval", tiny_corpus)
+
+
+def nothing_of_another_command_is_overwritten(call, run, evaluation, corpus):
+    before = [(folder / "metrics.json").read_bytes() for folder in (run, evaluation)]
+    model = f"model.path={run / 'model'}"
+    for command, *options in (
+        ("eval.py", "recipe=perplexity", model, f"data.path={corpus}", f"output={run}"),
+        ("generate.py", model, "prompt=a", f"output={run}"),
+        ("generate.py", model, "prompt=a", f"output={evaluation}"),
+        ("export.py", f"checkpoint={run}", f"output={evaluation}"),
+        ("export.py", f"checkpoint={evaluation}"),
+        ("train.py", "recipe=quickstart", "scale=tiny", f"data.path={corpus}", f"output={evaluation}"),
+        ("train.py", "recipe=quickstart", "scale=tiny", f"data.path={corpus}", f"output={run / 'model'}"),
+    ):
+        refused = call(command, *options)
+        assert refused.returncode == 2 and refused.stderr.startswith("error: "), (command, options, refused)
+    assert before == [(folder / "metrics.json").read_bytes() for folder in (run, evaluation)]
 
 
 def test_a_checkpoint_of_another_model_and_another_run_are_refused(call, tiny_corpus, tmp_path):
