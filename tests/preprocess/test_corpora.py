@@ -1,6 +1,6 @@
 """From any data path to a corpus folder; and the corpora that have a name."""
 
-import argparse
+import gzip
 import json
 import multiprocessing
 from types import SimpleNamespace
@@ -230,23 +230,37 @@ def test_arxiv_math_from_the_hub_keeps_arxiv_documents(fake_hub, tmp_path):
 
 
 def test_arxiv_math_from_a_local_copy(tmp_path):
-    (tmp_path / "raw").mkdir()
-    rows = [{"text": "a", "meta": {"config": "arxiv"}}, {"text": "b", "meta": {"config": "wiki"}}]
-    for name in ("train", "dev"):
-        (tmp_path / f"raw/{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    options = argparse.Namespace(source=str(tmp_path / "raw"), limit_documents=None, text_column="text")
-    vars(options).update(errors="strict", validation_fraction=0.1, where=None, join_rows=False, suffix=[], split=[])
-    assert sorted((d.split, d.text) for d in arxiv_math.open_arxiv(options).documents()) == [
-        ("train", "a"),
-        ("validation", "a"),
-    ]
+    """The repository's folders and file names; ``meta`` is an object in some lines, a text with one in others."""
+    metas = [{"config": "arxiv", "file": "1.tex"}, {"config": "wiki", "id": 7}, json.dumps({"config": "arxiv"}), {}]
+    for name in ("train/proofpile_train_0", "train/proofpile_train_1", "dev/proofpile_dev", "test/proofpile_test"):
+        lines = [json.dumps({"text": f"{name[-2:]}{i}", "meta": meta}) for i, meta in enumerate(metas)]
+        file = tmp_path / f"raw/{name}.jsonl.gz"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(gzip.compress("\n".join(lines).encode()))
+    (tmp_path / "raw/README.md").write_text("not text to train on")
+    arguments = ["--source", str(tmp_path / "raw"), "--output", str(tmp_path / "out"), "--tokenizer", "bytes"]
+    assert run_command(arxiv_math.main, arguments) == 0
+    corpora_of = {split: TokenCorpus(tmp_path / "out" / split) for split in SPLITS}
+    texts = {
+        split: [bytes(corpus.document(i)[:-1].tolist()).decode() for i in range(corpus.num_documents)]
+        for split, corpus in corpora_of.items()
+    }
+    assert texts == {"train": ["_00", "_02", "_10", "_12"], "validation": ["ev0", "ev2"], "test": ["st0", "st2"]}
 
 
 def test_pg19_from_a_local_copy(tmp_path):
-    (tmp_path / "raw").mkdir()
-    for split in ("train", "validation", "test"):
-        columns = {"short_book_title": ["x"], "publication_date": [1900], "url": ["u"], "text": [f"a {split} book"]}
-        pq.write_table(pa.table(columns), tmp_path / f"raw/{split}-00000-of-00001.parquet")
+    """The repository's parquet files, in their folder and under their names."""
+    (tmp_path / "raw/data").mkdir(parents=True)
+    for name in (
+        "train-00000-of-00002-a1",
+        "train-00001-of-00002-b2",
+        "validation-00000-of-00001",
+        "test-00000-of-00001",
+    ):
+        columns = {"short_book_title": ["x"], "publication_date": [1900], "url": ["u"], "text": [f"book {name[:11]}"]}
+        pq.write_table(pa.table(columns), tmp_path / f"raw/data/{name}.parquet")
     arguments = ["--source", str(tmp_path / "raw"), "--output", str(tmp_path / "out"), "--tokenizer", "bytes"]
     assert run_command(pg19.main, arguments) == 0
-    assert TokenCorpus(tmp_path / "out/test").document(0).tolist() == [*b"a test book", 256]
+    splits = {split: TokenCorpus(tmp_path / "out" / split) for split in SPLITS}
+    assert [corpus.num_documents for corpus in splits.values()] == [2, 1, 1]
+    assert splits["train"].document(1).tolist() == [*b"book train-00001", 256]
