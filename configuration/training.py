@@ -12,7 +12,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
-from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from callbacks.checkpoint import checkpoint_step, newest_checkpoint
 from callbacks.loss_log import read_rows
@@ -58,9 +58,14 @@ def run(config: dict[str, Any], say: Callable[[str], None] = lambda _: None) -> 
 
 @contextmanager
 def stopping_in_order(trainer: pl.Trainer, config: dict[str, Any]) -> Iterator[None]:
-    """Say where a run that a signal stopped stands; Lightning turns both signals into a ``SystemExit``."""
+    """Say where a run that a signal stopped stands; Lightning turns both signals into a ``SystemExit``.
+
+    Options that Lightning finds out to be wrong as late as in a loop are a user's error too.
+    """
     try:
         yield
+    except MisconfigurationException as error:
+        raise ValueError(f"the trainer refuses these options: {error}") from error
     except (SystemExit, KeyboardInterrupt) as stop:
         if isinstance(stop, SIGTERMException):
             number, verb = signal.SIGTERM, "terminated"

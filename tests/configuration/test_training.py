@@ -117,6 +117,12 @@ def test_bf16_autocast_trains_with_clipped_gradients(run):
     assert torch.cat([moment["exp_avg"].flatten() for moment in moments.values()]).norm() < 0.1
 
 
+def test_what_lightning_refuses_in_the_middle_is_a_sentence(run):
+    best = "callbacks.best={_target_: lightning.pytorch.callbacks.ModelCheckpoint, monitor: val/los}"
+    with pytest.raises(ValueError, match=r"the trainer refuses these options: .*monitor='val/los'"):
+        run("a", 2, f"+{best}")
+
+
 def test_a_dry_run_builds_the_trainer(tiny_corpus, tmp_path):
     options = [*COMMON, f"data.path={tiny_corpus}", f"output={tmp_path / 'a'}", "trainer.max_time=soon"]
     config = compose(options, command="train")
