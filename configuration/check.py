@@ -61,9 +61,10 @@ def _model_problems(model: dict[str, Any]) -> list[str]:
     """Build the model's configuration, which refuses impossible sizes; look for a folder it is loaded from."""
     config = model.get("config")
     problems = _build_problems(config, "model.config") if is_target(config) else []
-    path = model.get("pretrained_model_name_or_path")
-    if isinstance(path, str) and path.startswith((".", "/", "runs/")) and not Path(path).exists():
-        problems.append(f"model.pretrained_model_name_or_path={path} does not exist: pass a folder or a hub name")
+    for name in ("path", "pretrained_model_name_or_path"):
+        path = model.get(name)
+        if isinstance(path, str) and path.startswith((".", "/", "runs/")) and not Path(path).exists():
+            problems.append(f"model.{name}={path} does not exist: pass a folder or a hub name")
     return problems
 
 
@@ -120,7 +121,9 @@ def _path_problems(config: dict[str, Any]) -> list[str]:
             named_checkpoint(resume)
         except FileNotFoundError as error:
             return [f"resume={resume}: {error}"]
-    path: str = config["data"]["path"]
+    path: str | None = config["data"].get("path")
+    if path is None:  # stores of another kind, which are looked for when they are prepared
+        return []
     prepare = config.get("prepare") or {}
     # A recipe's own text is for the recipe's own path: a mistyped data.path is not filled with it.
     source: str | None = prepare.get("source") if prepare.get("source_path") in (None, path) else None

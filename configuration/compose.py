@@ -179,10 +179,17 @@ def _group_problems(override: Override, choices: list[str]) -> list[str]:
 
 
 def _scale_last(recipe: str, lines: list[str]) -> list[str]:
-    """Append the scale, chosen or the recipe's own, so that it wins over the recipe and all it inherits."""
+    """Append the scale, chosen or the recipe's own, so that it wins over the recipe and all it inherits.
+
+    What a scale means for the sections of a method is in the folder that the recipe's ``sizes`` names.
+    """
     chosen = [line.removeprefix("scale=") for line in lines if line.startswith("scale=")]
     scale = chosen[-1] if chosen else _declared(recipe, "scale", "full")
-    return [*(line for line in lines if not line.startswith("scale=")), f"+scale={scale}"]
+    method = _declared(recipe, "sizes", "pretraining")
+    found = sorted(path.stem for path in (RECIPES / "sizes" / method).glob("*.yaml"))
+    if scale not in found:
+        raise ConfigError([f"recipe={recipe} has no scale={scale}; choices: {', '.join(found)}"])
+    return [*(line for line in lines if not line.startswith("scale=")), f"+scale={scale}", f"+sizes/{method}={scale}"]
 
 
 def _hydra(recipe: str, overrides: list[str]) -> DictConfig:

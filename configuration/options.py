@@ -15,6 +15,7 @@ class TrainOptions:
         command: the command that runs it.
         name: name of the run; the default output folder is ``runs/<name>``.
         scale: chosen size, ``full``, ``laptop`` or ``tiny`` (an option group).
+        sizes: the method whose sizes a scale chooses, a folder of ``recipes/sizes``.
         vocabulary: number of token ids and the special ones (an option group); the model's configuration takes them.
         seed: seed of initial weights, data order and retrieval noise.
         output: run folder: composed config, versions, logs, checkpoints, ``metrics.json``, ``model/``.
@@ -41,6 +42,7 @@ class TrainOptions:
     trainer: dict[str, Any]
     command: Literal["train"] = "train"
     scale: str = "full"
+    sizes: str = "pretraining"
     seed: int = 404
     vocabulary: dict[str, Any] = field(default_factory=dict)
     resume: str | bool = "auto"

@@ -82,10 +82,14 @@ def stopping_in_order(trainer: pl.Trainer, config: dict[str, Any]) -> Iterator[N
 
 
 def build_data(config: dict[str, Any]) -> pl.LightningDataModule:
-    """Make sure that the corpus exists, then build the datamodule that reads it."""
+    """Make sure that what the datamodule reads exists, then build it.
+
+    ``prepare`` returns the corpus folder, or the datamodule's options for stores of another kind.
+    """
     options = dict(config["data"])
     if config["prepare"] is not None:
-        options["path"] = build(config["prepare"])
+        prepared = build(config["prepare"], "prepare")
+        options |= prepared if isinstance(prepared, dict) else {"path": prepared}
     return build(options, "data")
 
 
@@ -97,7 +101,7 @@ def build_trainer(config: dict[str, Any]) -> pl.Trainer:
     options = dict(config["trainer"])
     micro_batches = options["accumulate_grad_batches"]
     steps = min(config["eval_every_n_steps"] or options["max_steps"], options["max_steps"])
-    callbacks = list(build(config["callbacks"], "callbacks").values())
+    callbacks = [callback for callback in build(config["callbacks"], "callbacks").values() if callback is not None]
     if options.get("enable_progress_bar") is False:
         callbacks = [callback for callback in callbacks if not isinstance(callback, ProgressBar)]
     # Without one, Lightning would add its own, whose files nothing here resumes from.
@@ -114,10 +118,13 @@ def build_trainer(config: dict[str, Any]) -> pl.Trainer:
 
 def check_vocabulary(config: dict[str, Any], data: Any) -> None:
     """Refuse a corpus whose token ids the model cannot read or would take for something else."""
-    model = config["model"].get("config", {})
+    model = model_settings(config["model"])
     eos, landmark = model.get("eos_token_id"), model.get("landmark_token_id")
     for corpus in (data.train_corpus, data.validation_corpus):
-        problem = corpus.misfit(vocab_size=model.get("vocab_size"), eos_token_ids=[] if eos is None else [eos])
+        if corpus is None:
+            continue
+        ends = [] if eos is None else [eos] if isinstance(eos, int) else eos
+        problem = corpus.misfit(vocab_size=model.get("vocab_size"), eos_token_ids=ends)
         if problem:
             raise ValueError(
                 f"{problem}: pass vocabulary=NAME for the tokenizer of the corpus, or "
@@ -128,6 +135,15 @@ def check_vocabulary(config: dict[str, Any], data: Any) -> None:
                 f"{corpus.path} holds token {landmark}, which the model takes for its landmark: pass "
                 "vocabulary.landmark=N with an id that no text has"
             )
+
+
+def model_settings(model: dict[str, Any]) -> dict[str, Any]:
+    """The configuration of the model to be built: in the recipe, or in the folder it is loaded from."""
+    if "config" in model or "path" not in model:
+        return model.get("config") or {}
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(model["path"]).get_text_config().to_dict()
 
 
 def copy_tokenizer(source: Path | str | None, target: Path) -> None:
@@ -158,16 +174,7 @@ def finish(trainer: pl.Trainer, module: pl.LightningModule, data: pl.LightningDa
 
 def protocol(config: dict[str, Any], data: Any) -> dict[str, Any]:
     """What the validation numbers depend on besides the weights."""
-    return {
-        "corpus": data.validation_corpus.identity,
-        "split": config["data"].get("validation_split", "validation"),
-        "max_eval_tokens": config["data"]["max_eval_tokens"],
-        "windows": "not overlapping, every target once",
-        "bos_token_id": None,
-        "documents": config["data"]["documents"],
-        "precision": config["trainer"]["precision"],
-        "versions": versions(),
-    }
+    return data.validation_protocol() | {"precision": config["trainer"]["precision"], "versions": versions()}
 
 
 def config_callback(trainer: pl.Trainer, attribute: str) -> Any:
@@ -195,28 +202,38 @@ def describe(config: dict[str, Any], missing: Sequence[str] = ()) -> str:
     """
     import models  # noqa: F401 - as above
 
-    with torch.device("meta"):
-        model = build(config["model"])()
+    model = meta_model(config["model"])
     trainer, data = config["trainer"], config["data"]
     devices = trainer["devices"] if isinstance(trainer["devices"], int) else max(torch.cuda.device_count(), 1)
     sequences = data["batch_size"] * trainer["accumulate_grad_batches"] * devices * trainer.get("num_nodes", 1)
-    tokens = sequences * data["context_length"]
+    length = data.get("context_length") or config["module"]["context_length"]
+    tokens = sequences * length
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     states = memory_of_states(model, str(trainer["precision"]))
     lines = {
         "recipe": f"{config['recipe']} (scale {config['scale']})",
         "parameters": f"{sum(p.numel() for p in model.parameters()):,}, trainable {trainable:,}",
-        "tokens per step": f"{tokens:,} = {sequences} sequences of {data['context_length']:,}",
+        "tokens per step": f"{tokens:,} = {sequences} sequences of {length:,}",
         "steps": f"{trainer['max_steps']:,}, {trainer['max_steps'] * tokens:,} tokens in all",
         "memory of states": f"{states / 2**30:.2f} GiB a device (weights, gradients, AdamW moments; no sharding)",
         "output": config["output"],
     }
     if hasattr(model, "num_flops_per_token"):
-        flops = model.num_flops_per_token(data["context_length"]) * tokens
+        flops = model.num_flops_per_token(length) * tokens
         lines["work per step"] = f"{flops / 1e12:.3g} TFLOP (forward and backward)"
     width = max(map(len, lines))
     sizes = [f"{key:<{width}}  {value}" for key, value in lines.items()]
     return "\n".join([*sizes, *(f"not ready here:  {sentence}" for sentence in missing)])
+
+
+def meta_model(model: dict[str, Any]) -> torch.nn.Module:
+    """The model of a run without its weights; of one that is loaded, only the configuration is read."""
+    with torch.device("meta"):
+        if "path" in model:
+            from transformers import AutoConfig, AutoModelForCausalLM
+
+            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model["path"]))
+        return build(model)()
 
 
 def memory_of_states(model: torch.nn.Module, precision: str) -> int:

@@ -120,6 +120,17 @@ class PackedTextDataModule(pl.LightningDataModule):
         plan = self.plan
         return self._share().num_ranks * plan.accumulate * plan.batch_size * plan.context_length
 
+    def validation_protocol(self) -> dict[str, Any]:
+        """What validation numbers depend on besides the weights."""
+        return {
+            "corpus": self.validation_corpus.identity,
+            "split": self.validation_split,
+            "max_eval_tokens": self.max_eval_tokens,
+            "windows": "not overlapping, every target once",
+            "bos_token_id": None,
+            "documents": self.documents,
+        }
+
     def setup(self, stage: str | None = None) -> None:
         """Open what the stage reads and check that it is long enough.
 

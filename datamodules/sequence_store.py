@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -87,6 +87,18 @@ class SequenceStore:
     def __getstate__(self) -> dict[str, Any]:
         """Leave the map of the tokens behind."""
         return {**self.__dict__, "_tokens": None}
+
+    def misfit(self, *, vocab_size: int | None, eos_token_ids: Collection[int]) -> str:
+        """Say why a model cannot read these sequences; empty if nothing known speaks against it.
+
+        Args:
+            vocab_size: token ids the model knows; None if unknown.
+            eos_token_ids: what the model takes for the end of a text; sequences say nothing about theirs.
+        """
+        largest = int(self.meta["max_token_id"])
+        if vocab_size is not None and largest >= vocab_size:
+            return f"the sequences hold token {largest} but the model knows only {vocab_size}"
+        return ""
 
     def __len__(self) -> int:
         return len(self.index)

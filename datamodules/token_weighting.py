@@ -88,6 +88,32 @@ class ScoredSequencesDataModule(pl.LightningDataModule):
         """The validation sequences, opened on first use; None without."""
         return None if self._validation is None else open_sequences(self._validation)
 
+    @property
+    def train_corpus(self) -> SequenceStore:
+        """The training sequences."""
+        return self.sequences
+
+    @property
+    def validation_corpus(self) -> SequenceStore | None:
+        """The validation sequences."""
+        return self.validation
+
+    @property
+    def tokenizer_path(self) -> str | None:
+        """Tokenizer folder beside the store, None if there is none."""
+        folder = self.sequences.path.parent / "tokenizer"
+        return str(folder) if folder.is_dir() else None
+
+    def validation_protocol(self) -> dict[str, Any]:
+        """What validation numbers depend on besides the weights."""
+        store = self.validation
+        return {
+            "sequences": None if store is None else store.store_id,
+            "length": None if store is None else store.length,
+            "bos_token_id": None if store is None else store.bos_token_id,
+            "windows": "whole sequences of one document each, every target once",
+        }
+
     def setup(self, stage: str | None = None) -> None:
         """Open what the stage reads and check it against the trainer.
 

@@ -123,12 +123,11 @@ class TokenWeightedLM(CausalLMModule):
         self.sums: Sums | None = None
         if isinstance(model, PreTrainedModel):
             self.configure_model()
+            verify_head(self.model)
 
-    def configure_model(self) -> None:
-        """Build the model, wrap it with adapters, and make sure that its head computes its logits."""
-        if hasattr(self, "model"):
-            return
-        super().configure_model()
+    def on_train_start(self) -> None:
+        """Make sure that the head computes the model's logits, once sharded weights can be gathered."""
+        super().on_train_start()
         verify_head(self.model)
 
     def loss(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Sums]:
@@ -191,7 +190,8 @@ class TokenWeightedLM(CausalLMModule):
             num_targets,
             accumulate=self.trainer.accumulate_grad_batches,
             num_ranks=self.trainer.world_size,
-            last=self.ends_step(batch_idx),
+            # A fast_dev_run stops inside the announced step.
+            last=self.ends_step(batch_idx) and not self.trainer.fast_dev_run,
         )
         self.skipping.watch(loss_sum)
         return {"loss": loss_sum * factor, "nll_sum": loss_sum.detach(), "num_targets": num_targets}

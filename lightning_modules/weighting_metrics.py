@@ -78,14 +78,13 @@ def reduce_sums(sums: Sums) -> Sums:
 
 
 def weighting_report(sums: Sums, *, edges: Sequence[int]) -> dict[str, float]:
-    """Turn the sums of a step into the numbers to log; a bucket without targets has none."""
+    """Turn the sums of a step into the numbers to log, beside the weighted loss; a bucket without targets has none."""
     plain = {name: value.tolist() for name, value in sums.items()}
     n = plain["num_targets"]
     if not n:
         return {}
     mean = plain["weight"] / n
     report = {
-        "loss": plain["weighted_nll"] / n,
         "ce": plain["nll"] / n,
         "weight_mean": mean,
         "weight_std": math.sqrt(max(plain["weight_square"] / n - mean**2, 0.0)),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -113,6 +114,22 @@ class CorpusInput:
     def documents(self) -> Iterator[Ids]:
         """Read the documents one by one."""
         return (self.corpus.document(number) for number in range(self.corpus.num_documents))
+
+
+class FirstDocuments:
+    """The first documents of another input."""
+
+    def __init__(self, given: DocumentInput, count: int):
+        self.given, self.count = given, count
+        self.name, self.vocabulary = given.name, given.vocabulary
+
+    def describe(self) -> dict[str, Any]:
+        """What the input says of itself, and how many are taken."""
+        return {**self.given.describe(), "first": self.count}
+
+    def documents(self) -> Iterator[Ids]:
+        """Stop after the first documents."""
+        return islice(self.given.documents(), self.count)
 
 
 def open_input(name: str, vocabulary: Vocabulary | None, *, options: ReadOptions, num_workers: int) -> DocumentInput:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from datamodules.sequence_store import SequenceStore
-from preprocess.chunk_inputs import open_input
+from preprocess.chunk_inputs import FirstDocuments, open_input
 from preprocess.chunk_job import Cut, make_sequences
 from preprocess.corpora import held_lock
 from preprocess.documents import ReadOptions
@@ -56,6 +56,7 @@ def ensure_sequences(
     *,
     length: int,
     corpus: str | None = None,
+    max_documents: int | None = None,
     bos_token_id: int | None = None,
     scoring: Scoring | None = None,
 ) -> dict[str, str | None]:
@@ -67,6 +68,7 @@ def ensure_sequences(
         length: tokens of a sequence.
         corpus: corpus folder to cut where a store is missing: ``train`` into ``sequences``, ``validation`` into
             ``validation``; its tokenizer is kept beside them.
+        max_documents: cut only so many documents of each split; None: all.
         bos_token_id: token in front of every sequence.
         scoring: scores of ``sequences``; None for none.
 
@@ -81,7 +83,7 @@ def ensure_sequences(
     for path, split in ((sequences, "train"), (validation, "validation")):
         if path is not None:
             with held_lock(_lock(path)):
-                _ensure_split(Path(path), split, cut, corpus=corpus)
+                _ensure_split(Path(path), split, cut, corpus=corpus, max_documents=max_documents)
     if scoring is not None:
         with held_lock(_lock(scoring.output)):
             _ensure_scores(SequenceStore(sequences), scoring)
@@ -96,7 +98,7 @@ def _lock(store: str) -> Path:
     return Path(store).with_name(f".{Path(store).name}.lock")
 
 
-def _ensure_split(path: Path, split: str, cut: Cut, *, corpus: str | None) -> None:
+def _ensure_split(path: Path, split: str, cut: Cut, *, corpus: str | None, max_documents: int | None) -> None:
     if not path.exists():
         if corpus is None:
             raise FileNotFoundError(
@@ -104,6 +106,8 @@ def _ensure_split(path: Path, split: str, cut: Cut, *, corpus: str | None) -> No
                 f"--output {path}, or pass prepare.corpus=FOLDER"
             )
         source = open_input(str(Path(corpus) / split), None, options=ReadOptions(), num_workers=1)
+        if max_documents is not None:
+            source = FirstDocuments(source, max_documents)
         with TokenizeProgress(path.name, 1) as progress:
             make_sequences([source], cut, output=path, report=progress)
         tokenizer = Path(corpus) / "tokenizer"

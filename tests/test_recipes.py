@@ -11,10 +11,16 @@ from preprocess.corpora import ensure_corpus
 TRAIN = recipe_names("train")
 
 
+def own_corpus(recipe, corpus):
+    """Options that point a recipe at a corpus."""
+    sections = compose([f"recipe={recipe}", "scale=tiny"], command="train")
+    return [f"data.path={corpus}" if "path" in sections["data"] else f"prepare.corpus={corpus}"]
+
+
 @pytest.mark.parametrize("name", TRAIN)
 def test_fast_dev_run(name, tiny_corpus, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    arguments = [f"recipe={name}", "scale=tiny", f"data.path={tiny_corpus}", "trainer.fast_dev_run=true"]
+    arguments = [f"recipe={name}", "scale=tiny", *own_corpus(name, tiny_corpus), "trainer.fast_dev_run=true"]
     config = compose([*arguments, "trainer.enable_progress_bar=false"], command="train")
     check(config)
     run(config)
@@ -33,6 +39,16 @@ def test_tiny_takes_a_corpus_of_another_tokenizer_when_the_vocabulary_is_named(t
     run(config)
     with pytest.raises(ValueError, match="300 token ids but the model only 259: pass vocabulary=NAME"):
         run(compose([*arguments, "output=other"], command="train"))
+
+
+@pytest.mark.parametrize("landmark", [ord("e"), 256])
+def test_a_landmark_that_the_text_holds_is_refused(landmark, tiny_corpus, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = ["recipe=books_gca", "scale=tiny", f"data.path={tiny_corpus}", f"vocabulary.landmark={landmark}"]
+    with pytest.raises(ValueError, match="landmark"):
+        config = compose(arguments, command="train")
+        check(config)
+        run(config)
 
 
 @pytest.mark.parametrize(
