@@ -162,15 +162,15 @@ def _bare_loop(folder: str) -> tuple[float, dict[str, torch.Tensor]]:
     """Do the same in a plain loop."""
     module = _module()
     module.configure_model()
-    model, configured = module.model, module.configure_optimizers()
-    optimizer, schedule = configured["optimizer"], configured["lr_scheduler"]["scheduler"]
+    model, optimizer = module.model, module.configure_optimizers()
     start = 0.0
     for step, batch in enumerate(_data(folder).train_dataloader()):
+        for group in optimizer.param_groups:
+            group["lr"] = module.optimization.lr_at(step + 1, STEPS)
         optimizer.zero_grad()
         model(input_ids=batch["input_ids"], labels=batch["labels"], use_cache=False).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        schedule.step()
         if step == 0:
             start = time.process_time()
     return (time.process_time() - start) / (STEPS - 1), dict(model.named_parameters())
