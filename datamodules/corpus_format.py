@@ -23,7 +23,10 @@ DOCUMENTS_FILE = "documents.bin"
 META_FILE = "meta.json"
 TOKEN_DTYPES = {"uint16": "<u2", "uint32": "<u4"}
 OFFSET_DTYPE = "<u8"
-META_FIELDS = ("dtype", "num_tokens", "num_documents", "vocab_size", "eos_token_id", "sha256", "identity")
+META_FIELDS: dict[str, Any] = {
+    **{"dtype": str, "num_tokens": int, "num_documents": int, "vocab_size": int},
+    **{"eos_token_id": int | None, "sha256": dict, "identity": str},
+}
 
 
 def canonical_json(value: Any) -> str:
@@ -75,8 +78,8 @@ def read_meta(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{file} is damaged ({error}): make the corpus again") from error
     if not isinstance(meta, dict) or meta.get("format") != FORMAT or meta.get("version") != VERSION:
         raise ValueError(f"{file} does not describe a {FORMAT} of version {VERSION}: make the corpus again")
-    missing = [name for name in META_FIELDS if name not in meta]
+    missing = [name for name, kind in META_FIELDS.items() if name not in meta or not isinstance(meta[name], kind)]
     if missing or meta["identity"] != identity_of(meta):
-        reason = f"lacks {', '.join(missing)}" if missing else "was changed after it was written"
+        reason = f"lacks a valid {', '.join(missing)}" if missing else "was changed after it was written"
         raise ValueError(f"{file} {reason}: make the corpus again")
     return meta

@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable
 
-from preprocess.documents import DEFAULT_VALIDATION_FRACTION, SPLITS, ReadOptions
+from preprocess.documents import DEFAULT_VALIDATION_FRACTION, SPLITS, TEXT_COLUMN, ReadOptions
 
 USER_ERRORS = (ValueError, OSError, RuntimeError)
 
@@ -35,7 +35,7 @@ def sentence(error: BaseException) -> str:
 def add_reading_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that say how raw text is read."""
     group = parser.add_argument_group("reading")
-    group.add_argument("--text-column", default="text", help="column or key of the text (default: text)")
+    group.add_argument("--text-column", default=TEXT_COLUMN, help=f"column or key of the text (default: {TEXT_COLUMN})")
     group.add_argument(
         "--errors",
         choices=("strict", "replace"),

@@ -45,6 +45,8 @@ def ensure_corpus(
         FileNotFoundError: nothing at ``path`` and no ``source`` for it.
         ValueError: no tokenizer is named for raw text, or the splits of the corpus have different ones.
     """
+    if not str(path):
+        raise ValueError("no path is named: give a corpus folder or text")
     path = Path(path)
     is_there = path.exists()
     if _holds_corpus(path):

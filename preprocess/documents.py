@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 TRAIN, VALIDATION, TEST = SPLITS = ("train", "validation", "test")
 DEFAULT_VALIDATION_FRACTION = 0.05
+TEXT_COLUMN = "text"
 SPLIT_NAME = re.compile(r"(train|validation|valid|val|dev|test)(?![a-z])", re.IGNORECASE)
 SPLIT_OF_NAME = {"train": TRAIN, "validation": VALIDATION, "valid": VALIDATION, "val": VALIDATION, "dev": VALIDATION}
 SPLIT_OF_NAME["test"] = TEST
@@ -52,7 +53,7 @@ class ReadOptions:
         splits: splits to keep; default all.
     """
 
-    text_column: str = "text"
+    text_column: str = TEXT_COLUMN
     errors: Literal["strict", "replace"] = "strict"
     validation_fraction: float = DEFAULT_VALIDATION_FRACTION
     where: str | None = None
@@ -65,8 +66,10 @@ class ReadOptions:
             raise ValueError(f"validation_fraction lies in [0, 1), got {self.validation_fraction}")
         if self.errors not in ("strict", "replace"):
             raise ValueError(f"errors is strict or replace, got {self.errors}")
-        if self.where is not None and "=" not in self.where:
+        if self.where is not None and "=" not in self.where[1:]:
             raise ValueError(f"where reads key=value or key.key=value, got {self.where}")
+        if not self.text_column or "" in self.suffixes:
+            raise ValueError("text_column and suffixes must not be empty")
         unknown = set(self.splits) - set(SPLITS)
         if unknown:
             raise ValueError(f"splits are {', '.join(SPLITS)}, got {', '.join(sorted(unknown))}")

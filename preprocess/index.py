@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, NamedTuple
@@ -158,6 +159,8 @@ class CorpusWriter:
             raise FileExistsError(f"{self.path} exists: choose another path or overwrite it")
         if is_taken(self.path) and not (self.path / META_FILE).is_file():
             raise FileExistsError(f"{self.path} is no token corpus and is not overwritten: choose another path")
+        if is_taken(self.path):
+            refuse_foreign(self.path, (TOKENS_FILE, DOCUMENTS_FILE, META_FILE))
         check_eos(eos_token_id, vocab_size, append_eos=append_eos)
         self._fields = {
             "tokenizer": tokenizer,
@@ -227,6 +230,16 @@ def check_eos(eos_token_id: int | None, vocab_size: int, *, append_eos: bool) ->
         raise ValueError("append_eos needs an eos_token_id, got None: name one or switch append_eos off")
     if eos_token_id is not None and not 0 <= eos_token_id < vocab_size:
         raise ValueError(f"eos_token_id {eos_token_id} is not in the vocabulary of {vocab_size}")
+
+
+def refuse_foreign(path: Path, own: Collection[str]) -> None:
+    """Raise FileExistsError if there is more at ``path`` than entries called ``own``, which may be replaced."""
+    found = {entry.name for entry in path.iterdir()} if path.is_dir() else {path.name}
+    foreign = sorted(found.difference(own))
+    if foreign:
+        raise FileExistsError(
+            f"{path} also holds {', '.join(foreign[:3])}, which would be lost: choose another path or move it away"
+        )
 
 
 def is_taken(path: Path) -> bool:

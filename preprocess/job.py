@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from datamodules.corpus_format import META_FILE, digest, read_meta, token_dtype
 from preprocess.documents import SPLITS, TRAIN, Source
 from preprocess.encode import encode_in_order
-from preprocess.index import check_eos, is_taken, move_into_place
+from preprocess.index import check_eos, is_taken, move_into_place, refuse_foreign
 from preprocess.journal import Journal, WorkFolder
 from preprocess.tokenizers import canonical_backend, load_tokenizer, save_tokenizer, tokenizer_identity
 from preprocess.train_bpe import train_bpe
@@ -99,6 +99,8 @@ def tokenize(work: Work, report: Report = lambda documents, tokens, parts: None)
         )
     if not existing and is_taken(work.output):
         raise FileExistsError(f"{work.output} exists and is no corpus: choose another --output or remove it")
+    if existing:
+        refuse_foreign(work.output, (*SPLITS, TOKENIZER_FOLDER))
     folder = work_folder(work, identity)
     try:
         with WorkFolder(folder) as held:

@@ -5,6 +5,7 @@ Notable: bytes that are not UTF-8 are reported with file and place, whatever the
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import io
 import json
@@ -13,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from preprocess.documents import ReadOptions, matches
+from preprocess.documents import TEXT_COLUMN, ReadOptions, matches
 
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst", ".tex", ".py")
 LINES_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".json.zst")
@@ -87,6 +88,8 @@ def text_of(record: dict[str, Any], place: str, *, options: ReadOptions) -> str:
 
 
 def _read_text(path: Path, options: ReadOptions, *, row: int) -> Iterator[tuple[int, str]]:
+    if options.where is not None or options.text_column != TEXT_COLUMN:
+        raise ValueError(f"{path} is plain text: --where and --text-column choose among columns, which it has none of")
     if row == 0:
         yield 0, decode(path.read_bytes(), str(path), errors=options.errors)
 
@@ -95,10 +98,12 @@ def _read_lines(path: Path, options: ReadOptions, *, row: int) -> Iterator[tuple
     offset = 0
     with _open_lines(path) as file:
         for number, line in enumerate(file):
-            if number >= row and line.strip():
-                record = parse_line(line, f"{path} line {number + 1}", errors=options.errors, offset=offset)
+            content = line if number else line.removeprefix(codecs.BOM_UTF8)
+            if number >= row and content.strip():
+                place, start = f"{path} line {number + 1}", offset + len(line) - len(content)
+                record = parse_line(content, place, errors=options.errors, offset=start)
                 if options.where is None or matches(record, options.where):
-                    yield number, text_of(record, f"{path} line {number + 1}", options=options)
+                    yield number, text_of(record, place, options=options)
             offset += len(line)
 
 
@@ -111,7 +116,7 @@ def parse_line(line: bytes, place: str, *, errors: str, offset: int = 0) -> dict
     text = decode(line, place, errors=errors, offset=offset)
     try:
         record = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{place} is not JSON ({error}): one object per line is expected") from error
     if not isinstance(record, dict):
         raise ValueError(f"{place} holds a {type(record).__name__}: one JSON object per line is expected")

@@ -56,6 +56,8 @@ def open_source(name: str | Path, options: ReadOptions | None = None, *, limit_d
 
 
 def _open(name: str | Path, options: ReadOptions) -> Source:
+    if not str(name):
+        raise ValueError(f"no source is named: give a folder, a file, {HUB_PREFIX}NAME or {PYTHON_STDLIB}")
     if str(name).startswith(HUB_PREFIX):
         return HubSource(str(name).removeprefix(HUB_PREFIX), options)
     if str(name) == PYTHON_STDLIB:
@@ -113,9 +115,12 @@ def _parts(path: Path, options: ReadOptions) -> list[Part]:
         if path.stat().st_size == 0:
             raise ValueError(f"{path} is empty: nothing to tokenise")
         return _with_splits([(path, path.name)], options)
-    hidden_free = (file for file in path.rglob("*") if not any(p.startswith(".") for p in file.relative_to(path).parts))
-    files = [(file, file.relative_to(path).as_posix()) for file in hidden_free if file.is_file()]
-    chosen = _of_one_kind(path, sorted(files, key=lambda entry: entry[1]), suffixes=options.suffixes)
+    files = [file for file in path.rglob("*") if not any(p.startswith(".") for p in file.relative_to(path).parts)]
+    astray = [file for file in files if file.is_symlink() and not file.is_file()]
+    if astray:
+        raise ValueError(f"{astray[0]} is a link to a folder or to nothing, and is not followed: remove it")
+    named = [(file, file.relative_to(path).as_posix()) for file in files if file.is_file()]
+    chosen = _of_one_kind(path, sorted(named, key=lambda entry: entry[1]), suffixes=options.suffixes)
     if not chosen:
         wanted = options.suffixes or KNOWN_SUFFIXES
         raise ValueError(f"{path} holds no file to read: looked for {', '.join(wanted)}")

@@ -12,7 +12,7 @@ from preprocess.tokenizers import SPECIAL_TOKENS, set_byte_level, wrap
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS)
+SMALLEST_VOCABULARY, LARGEST_VOCABULARY = 256 + len(SPECIAL_TOKENS), 1 << 32
 
 
 def train_bpe(texts: Iterable[str], *, vocab_size: int) -> PreTrainedTokenizerFast:
@@ -23,10 +23,13 @@ def train_bpe(texts: Iterable[str], *, vocab_size: int) -> PreTrainedTokenizerFa
         vocab_size: entries, special tokens and the 256 bytes included; fewer if the text does not give as many.
 
     Raises:
-        ValueError: a vocabulary too small for bytes and special tokens.
+        ValueError: a vocabulary too small for bytes and special tokens or too large for any corpus, or nothing to
+            learn from.
     """
-    if vocab_size < SMALLEST_VOCABULARY:
-        raise ValueError(f"a byte-level vocabulary has at least {SMALLEST_VOCABULARY} entries, got {vocab_size}")
+    if not SMALLEST_VOCABULARY <= vocab_size <= LARGEST_VOCABULARY:
+        raise ValueError(
+            f"a byte-level vocabulary has {SMALLEST_VOCABULARY} to {LARGEST_VOCABULARY} entries, got {vocab_size}"
+        )
     backend = Tokenizer(models.BPE())
     set_byte_level(backend)
     trainer = trainers.BpeTrainer(
@@ -36,4 +39,6 @@ def train_bpe(texts: Iterable[str], *, vocab_size: int) -> PreTrainedTokenizerFa
         show_progress=False,
     )
     backend.train_from_iterator(texts, trainer)
+    if backend.get_vocab_size() == SMALLEST_VOCABULARY < vocab_size:
+        raise ValueError("the source has no training text to learn a tokenizer from")
     return wrap(backend)

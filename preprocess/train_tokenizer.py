@@ -12,11 +12,12 @@ from pathlib import Path
 
 from preprocess.command import add_reading_options, reading_options, run_command
 from preprocess.documents import TRAIN
-from preprocess.index import move_into_place
+from preprocess.index import is_taken, move_into_place, refuse_foreign
 from preprocess.sources import open_source
 from preprocess.tokenizers import save_tokenizer, tokenizer_identity
-from preprocess.train_bpe import SMALLEST_VOCABULARY, train_bpe
+from preprocess.train_bpe import train_bpe
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 EXAMPLES = """examples:
   python -m preprocess.train_tokenizer python_stdlib --vocab-size 4096 --output data/bpe4096
   python -m preprocess.train_tokenizer books/ --vocab-size 32000 --output data/bpe32k --limit-bytes 500000000
@@ -49,11 +50,13 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace what is at --output")
     add_reading_options(parser)
     options = parser.parse_args(arguments)
-    if options.output.exists() and not options.overwrite:
-        raise FileExistsError(f"{options.output} exists: choose another --output or use --overwrite")
+    if options.limit_bytes is not None and options.limit_bytes < 1:
+        raise ValueError(f"limit_bytes must be at least 1, got {options.limit_bytes}")
+    if is_taken(options.output):
+        if not options.overwrite:
+            raise FileExistsError(f"{options.output} exists: choose another --output or use --overwrite")
+        refuse_foreign(options.output, TOKENIZER_FILES)
     tokenizer = train_bpe(training_texts(options.source, options), vocab_size=options.vocab_size)
-    if len(tokenizer) == SMALLEST_VOCABULARY < options.vocab_size:
-        raise ValueError(f"{options.source} has no training text to learn from")
     options.output.parent.mkdir(parents=True, exist_ok=True)
     partial = options.output.with_name(f".{options.output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)

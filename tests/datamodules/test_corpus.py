@@ -76,6 +76,10 @@ def test_overwrite_only_when_told_and_only_when_complete(tmp_path):
         write(tmp_path / "corpus", documents=[[300]], overwrite=True)
     assert TokenCorpus(tmp_path / "corpus").identity == old.identity
     assert write(tmp_path / "corpus", documents=[[1]], overwrite=True).num_tokens == 2
+    (tmp_path / "corpus/notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"also holds notes\.txt, which would be lost"):
+        write(tmp_path / "corpus", overwrite=True)
+    assert (tmp_path / "corpus/notes.txt").read_text() == "mine"
     assert [path.name for path in tmp_path.iterdir()] == ["corpus"]
 
 
@@ -117,6 +121,11 @@ def test_changed_or_missing_meta_is_refused(tmp_path):
     file.write_text(canonical_json(meta | {"eos_token_id": 1}))
     with pytest.raises(ValueError, match="was changed"):
         TokenCorpus(tmp_path / "corpus")
+    for wrong in ({"num_tokens": None}, {"vocab_size": "300"}, {"sha256": 3}):
+        changed = meta | wrong
+        file.write_text(canonical_json(changed | {"identity": identity_of(changed)}))
+        with pytest.raises(ValueError, match=f"lacks a valid {next(iter(wrong))}"):
+            TokenCorpus(tmp_path / "corpus")
     file.write_text("{")
     with pytest.raises(ValueError, match="is damaged"):
         TokenCorpus(tmp_path / "corpus")

@@ -111,6 +111,8 @@ def test_raw_text_goes_into_the_cache_once(raw, tmp_path):
 def test_what_cannot_be_made_is_refused(raw, tmp_path):
     with pytest.raises(FileNotFoundError, match="no corpus and no text at"):
         ensure_corpus(tmp_path / "nothing")
+    with pytest.raises(ValueError, match="no path is named"):
+        ensure_corpus("", tokenizer="bytes")  # not the working directory
     with pytest.raises(ValueError, match="name a tokenizer"):
         ensure_corpus(raw)
     with pytest.raises(ValueError, match="not UTF-8"):

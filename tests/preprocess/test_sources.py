@@ -161,6 +161,8 @@ BAD_FILES = [
     ("x.jsonl.gz", gzip.compress(lines())[:-20], r"x\.jsonl\.gz is damaged"),
     ("x.jsonl.gz", b"no gzip", r"x\.jsonl\.gz is damaged"),
     ("x.jsonl.zst", b"no zstandard", r"x\.jsonl\.zst is damaged"),
+    ("x.jsonl", b'{"text": "a", "x": ' + b"[" * 99999 + b"]" * 99999 + b"}\n", r"x\.jsonl line 1 is not JSON"),
+    ("x.jsonl", b'\xef\xbb\xbf{"text": "\xe9"}\n', r"x\.jsonl line 1: byte 0xe9 at offset 13 is not UTF-8"),
     ("x.parquet", b"PAR1 no parquet", r"x\.parquet is not a whole parquet file"),
 ]
 
@@ -170,6 +172,31 @@ def test_bad_files_are_named_with_the_place(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
         list(open_source(tmp_path / name).documents())
+
+
+def test_a_byte_order_mark_in_front_of_json_lines_is_no_text(tmp_path):
+    (tmp_path / "x.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "a"}\n{"text": "\xef\xbb\xbfb"}\n')
+    assert [d.text for d in open_source(tmp_path / "x.jsonl", NO_SHARE).documents()] == ["a", "\ufeffb"]
+
+
+@pytest.mark.parametrize("options", [ReadOptions(where="a=b"), ReadOptions(text_column="body")])
+def test_plain_text_has_no_columns_to_choose_among(tmp_path, options):
+    (tmp_path / "x.txt").write_text("a")
+    with pytest.raises(ValueError, match=r"x\.txt is plain text: --where and --text-column"):
+        list(open_source(tmp_path / "x.txt", options).documents())
+
+
+@pytest.mark.parametrize("target", ["nowhere", "folder"])
+def test_links_that_would_be_left_out_are_named(tmp_path, target):
+    (tmp_path / "text").mkdir()
+    (tmp_path / "folder").mkdir()
+    for folder in ("text", "folder"):
+        (tmp_path / folder / "x.txt").write_text("a")
+    (tmp_path / "text/y.txt").symlink_to(tmp_path / "text/x.txt")
+    assert open_source(tmp_path / "text").num_parts == 2
+    (tmp_path / "text/validation").symlink_to(tmp_path / target)
+    with pytest.raises(ValueError, match="text/validation is a link to a folder or to nothing"):
+        open_source(tmp_path / "text")
 
 
 def test_wrong_bytes_can_be_replaced(tmp_path):
@@ -189,6 +216,8 @@ def test_wrong_bytes_can_be_replaced(tmp_path):
 def test_sources_without_text_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="no text at"):
         open_source(tmp_path / "nothing")
+    with pytest.raises(ValueError, match="no source is named"):
+        open_source("")  # not the working directory
     with pytest.raises(ValueError, match="holds no file to read"):
         open_source(tmp_path)
     (tmp_path / "x.txt").touch()
@@ -202,8 +231,18 @@ def test_sources_without_text_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options", [{"validation_fraction": 1}, {"errors": "ignore"}, {"where": "meta"}, {"splits": ("dev",)}]
+    "options",
+    [
+        {"validation_fraction": 1},
+        {"validation_fraction": float("nan")},
+        {"errors": "ignore"},
+        {"where": "meta"},
+        {"where": "=arxiv"},
+        {"splits": ("dev",)},
+        {"text_column": ""},
+        {"suffixes": (".txt", "")},
+    ],
 )
 def test_impossible_reading_options_are_refused(options):
-    with pytest.raises(ValueError, match="got"):
+    with pytest.raises(ValueError, match=r"got|must not be empty"):
         ReadOptions(**options)

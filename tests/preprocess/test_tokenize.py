@@ -116,6 +116,10 @@ def test_other_work_is_refused_unless_told_to_overwrite(source_folder, tmp_path)
     assert TokenCorpus(tmp_path / "out/train").num_documents == 1
     with pytest.raises(FileExistsError, match="exists and is no corpus"):
         tokenize(make(source_folder, source_folder, overwrite=True))
+    (tmp_path / "out/notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"out also holds notes\.txt, which would be lost"):
+        tokenize(make(source_folder, tmp_path / "out", tokenizer="bpe:280", overwrite=True))
+    assert (tmp_path / "out/notes.txt").read_text() == "mine"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "raw"]
 
 
@@ -160,8 +164,15 @@ def test_empty_text_and_impossible_work_are_refused(source_folder, tmp_path):
         make(source_folder, tmp_path / "out", num_workers=0)
     with pytest.raises(ValueError, match="uint16 or uint32"):
         make(source_folder, tmp_path / "out", dtype="int8")
-    with pytest.raises(ValueError, match="bpe:SIZE"):
-        tokenize(make(source_folder, tmp_path / "out", tokenizer="bpe:big"))
+    for tokenizer in ("bpe:big", "bpe:", "bpe:-5"):
+        with pytest.raises(ValueError, match="bpe:SIZE"):
+            tokenize(make(source_folder, tmp_path / "out", tokenizer=tokenizer))
+    with pytest.raises(ValueError, match="259 to 4294967296 entries, got 99999999999999999999"):
+        tokenize(make(source_folder, tmp_path / "out", tokenizer=f"bpe:{'9' * 20}"))
+    held_out = open_source(source_folder, ReadOptions(splits=("validation",)))
+    with pytest.raises(ValueError, match="no training text to learn a tokenizer from"):
+        tokenize(Work(held_out, "bpe:280", tmp_path / "out"))
+    assert list(tmp_path.glob("*out*")) == []
 
 
 def test_a_vocabulary_larger_than_the_dtype_is_refused(source_folder, tmp_path):

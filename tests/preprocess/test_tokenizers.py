@@ -86,7 +86,7 @@ def test_a_bare_file_finds_its_end_of_text(tmp_path):
 def test_training_is_repeatable():
     texts = ["one two three two one", "three one two"] * 3
     assert tokenizer_identity(train_bpe(texts, vocab_size=270)) == tokenizer_identity(train_bpe(texts, vocab_size=270))
-    with pytest.raises(ValueError, match="at least 259 entries, got 258"):
+    with pytest.raises(ValueError, match="259 to 4294967296 entries, got 258"):
         train_bpe(texts, vocab_size=258)
 
 
@@ -115,5 +115,11 @@ def test_the_training_command(tmp_path, capsys):
     assert "use --overwrite" in capsys.readouterr().err
     assert run_command(train_command, [*arguments, "--overwrite", "--vocab-size", "265"]) == 0
     assert len(load_tokenizer(tmp_path / "deep/bpe")) == 265
+    # The text itself is no tokenizer, and is not replaced by one.
+    swallowing = [*arguments[:-1], str(tmp_path / "text"), "--overwrite"]
+    assert run_command(train_command, swallowing) == 2
+    assert "text also holds 0.txt, 1.txt, 2.txt, which would be lost" in capsys.readouterr().err
+    assert len(list((tmp_path / "text").iterdir())) == 4
+    assert run_command(train_command, [*arguments, "--overwrite", "--limit-bytes", "0"]) == 2
     content = json.loads((tmp_path / "deep/bpe/tokenizer.json").read_text())
     assert [token["content"] for token in content["added_tokens"]] == ["<|endoftext|>", "<|pad|>", "<|landmark|>"]
