@@ -182,8 +182,8 @@ class EvictingCache(Cache):
         return sum(layer.nbytes() for layer in self.layers)
 
     def allocated_bytes(self) -> int:
-        """Bytes of everything held: keys, values, what is known of them, and the slack behind both."""
-        return sum(layer.allocated_bytes() for layer in self.layers) + self._entries.allocated_bytes()
+        """Bytes of keys and values with the slack behind them."""
+        return sum(layer.allocated_bytes() for layer in self.layers)
 
     def fork(self) -> "EvictingCache":
         """Return an independent copy."""

@@ -60,9 +60,9 @@ class SentinelGenerator:
         Raises:
             ValueError: if the budget does not hold sinks, recent tokens, one group of slots and one token more.
         """
-        if span_length <= sentinels.slots or num_sinks < 0 or recent_tokens < 1:
+        if span_length <= sentinels.slots or num_sinks < 0 or recent_tokens < 0:
             raise ValueError(
-                f"needs span_length > {sentinels.slots} slots, num_sinks >= 0 and recent_tokens >= 1, "
+                f"needs span_length > {sentinels.slots} slots, num_sinks >= 0 and recent_tokens >= 0, "
                 f"got {span_length}, {num_sinks}, {recent_tokens}"
             )
         least = num_sinks + recent_tokens + sentinels.slots + 1
@@ -74,7 +74,7 @@ class SentinelGenerator:
         if prefill_chunk is not None and prefill_chunk < 1:
             raise ValueError(f"prefill_chunk must be at least 1, got {prefill_chunk}")
         self.sentinels = sentinels
-        self.budget = None if budget is None else Budget(budget, span_length, num_sinks, recent_tokens)
+        self._limits = None if budget is None else Budget(budget, span_length, num_sinks, recent_tokens)
         self.prefill_chunk = prefill_chunk
         self.context = context
         self._restart()
@@ -158,9 +158,9 @@ class SentinelGenerator:
         if valid is not None and state.next_logits.shape[1]:
             logits = torch.where(valid[:, -1:], logits, state.next_logits)
         state.next_logits, state.next_position = logits, state.next_position + count.sum(1)
-        if self.budget is not None and state.cache.num_physical > self.budget.entries:
-            plans = plan_rows(state.cache, self.budget, self.sentinels.slots)
-            most = self.budget.entries + ids.shape[1] + len(self.sentinels.ids)
+        if self._limits is not None and state.cache.num_physical > self._limits.entries:
+            plans = plan_rows(state.cache, self._limits, self.sentinels.slots)
+            most = self._limits.entries + ids.shape[1] + len(self.sentinels.ids)
             carry_out(model, state.cache, self.sentinels, plans, most_entries=most)
             self.num_folds += sum(plan.num_folds for plan in plans)
             self.num_dropped += sum(plan.num_dropped for plan in plans)

@@ -75,12 +75,7 @@ def sample_spans(
         generator=generator,
     )
     starts = _checked_boundaries(boundaries or (), num_tokens)
-    if policy == "boundary":
-        spans = boundary(plan, starts)
-    elif policy == "low_information":
-        spans = low_information(plan, _checked_scores(scores or (), num_tokens))
-    else:
-        spans = (uniform if policy == "uniform" else fixed)(plan)
+    spans = _exact_spans(plan, policy, starts, scores or (), num_tokens)
     removed = sum(end - start - slots for start, end in spans)
     if strict and removed != plan.target:
         largest = largest_in_segments(plan, starts) if policy == "boundary" else plan.largest_removal()
@@ -89,6 +84,16 @@ def sample_spans(
             f"cannot (closest: {removed}); the largest ratio they reach is {largest / max(num_tokens, 1):.4f}"
         )
     return spans
+
+
+def _exact_spans(
+    plan: Plan, policy: Policy, starts: list[int], scores: Sequence[float], num_tokens: int
+) -> list[tuple[int, int]]:
+    if policy == "boundary":
+        return boundary(plan, starts)
+    if policy == "low_information":
+        return low_information(plan, _checked_scores(scores, num_tokens))
+    return uniform(plan) if policy == "uniform" else fixed(plan)
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ def test_one_pass_and_chunks_give_the_same_context(architecture, sentinels):
     rows, spans = ragged(1, sentinels.slots)
     model = tiny_model(architecture)
     contexts = []
-    for left, chunk_size in ((False, None), (True, None), (True, 7)):
+    for left, chunk_size in ((False, None), (True, None), (True, 7), (False, 1)):
         ids, mask = padded(rows, left=left)
         contexts.append(compress(model, ids, sentinels, spans=spans, attention_mask=mask, chunk_size=chunk_size))
     layout = SpanLayout.from_spans(rows, spans, sentinels)

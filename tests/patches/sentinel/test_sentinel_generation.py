@@ -2,11 +2,12 @@ import random
 
 import pytest
 import torch
+from dense_folds import DenseFolds
 from safetensors.torch import load_file
 from sentinel_cases import FIXTURES, ONE, TWO, stored, tiny_model
 from transformers import AutoModelForCausalLM, LogitsProcessor
 
-from patches.sentinel import OPEN, PLAIN, SLOT, SentinelGenerator, Sentinels, compress
+from patches.sentinel import PLAIN, SentinelGenerator, Sentinels, compress
 
 THREE = Sentinels(100, (101, 102, 103))
 TEXT = [column for column in range(128) if not 100 <= column < 104]
@@ -27,108 +28,32 @@ class Forced(LogitsProcessor):
 
 
 def generate(model, prompt, forced, generator, **options):
+    """Run with forced tokens; returns the sequences and the scores ``[B, steps, V]`` before they are forced."""
     processor = Forced(forced)
     options = {**OPTIONS, "max_new_tokens": len(forced), **options}
     out = model.generate(torch.tensor(prompt), custom_generate=generator, logits_processor=[processor], **options)
     return out, torch.stack(processor.seen, 1)
 
 
-class DenseFolds:
-    """The budget policy of one row, told naively: every column that is ever fed, and what each may see."""
-
-    def __init__(self, sentinels, *, budget, span_length, num_sinks, recent_tokens):
-        self.sentinels, self.budget, self.span_length = sentinels, budget, span_length
-        self.num_sinks, self.recent_tokens = num_sinks, recent_tokens
-        self.ids, self.kinds, self.positions, self.sees = [], [], [], []
-        self.live, self.groups = [], []
-        self.folds = self.dropped = self.peak = 0
-
-    def add(self, token, kind, position, visible):
-        self.ids.append(token)
-        self.kinds.append(kind)
-        self.positions.append(position)
-        self.sees.append([*visible, len(self.ids) - 1])
-        return len(self.ids) - 1
-
-    def feed(self, tokens):
-        position = 1 + max((p for p, kind in zip(self.positions, self.kinds, strict=True) if kind == PLAIN), default=-1)
-        for number, token in enumerate(tokens):
-            self.live.append(self.add(token, PLAIN, position + number, self.live))
-        while len(self.live) > self.budget:
-            self.shrink()
-
-    def runs(self):
-        plain = sorted(c for c in self.live if self.kinds[c] == PLAIN)
-        spared = plain[len(plain) - self.recent_tokens :]
-        runs = []
-        for column in plain:
-            if column in spared or self.positions[column] < self.num_sinks:
-                continue
-            if runs and self.positions[runs[-1][-1]] + 1 == self.positions[column]:
-                runs[-1].append(column)
-            else:
-                runs.append([column])
-        return runs
-
-    def shrink(self):
-        runs, slots = self.runs(), self.sentinels.slots
-        for run in runs[:-1]:
-            if len(run) > slots:
-                return self.fold(run[: self.span_length])
-        if runs and len(runs[-1]) >= self.span_length:
-            return self.fold(runs[-1][: self.span_length])
-        old_plain = [column for run in runs[:-1] for column in run]
-        choices = [(self.positions[group[0]], 0, group) for group in self.groups]
-        choices += [(self.positions[column], 1, [column]) for column in old_plain]
-        if not choices:
-            return self.fold(runs[-1])
-        *_, gone = min(choices)
-        self.dropped += len(gone)
-        self.live = [column for column in self.live if column not in gone]
-        self.groups = [group for group in self.groups if group != gone]
-
-    def fold(self, run):
-        self.folds += 1
-        first, last = self.positions[run[0]], self.positions[run[-1]]
-        span = [self.add(self.sentinels.open_id, OPEN, max(first - 1, 0), [])]
-        for slot_id in self.sentinels.slot_ids:
-            span.append(self.add(slot_id, SLOT, last, [*run, *span]))
-        self.live = [column for column in self.live if column not in run] + span[1:]
-        self.groups.append(span[1:])
-
-    def logits(self, model, columns, window):
-        size = len(self.ids)
-        visible, positions = torch.zeros(size, size, dtype=torch.bool), torch.tensor(self.positions)
-        for query, keys in enumerate(self.sees):
-            visible[query, keys] = True
-        near = visible & (positions[:, None] - positions < (window or size))
-        full, sliding = (
-            torch.zeros(1, 1, size, size).masked_fill(~mask, torch.finfo(torch.float32).min) for mask in (visible, near)
-        )
-        types = getattr(model.config, "layer_types", None)
-        mask = sliding if types is None else {"full_attention": full, "sliding_attention": sliding}
-        model.set_attn_implementation("eager")
-        ids = {"input_ids": torch.tensor([self.ids]), "position_ids": positions[None]}
-        return model(**ids, attention_mask=mask, use_cache=False).logits[0, columns]
-
-
 @torch.no_grad()
 @pytest.mark.parametrize(
-    ("architecture", "sentinels", "prefill_chunk", "window"),
+    ("architecture", "sentinels", "prefill_chunk", "window", "recent_tokens"),
     [
-        ("llama", ONE, None, None),
-        ("llama", TWO, 7, None),
-        ("llama", THREE, None, None),
-        ("gpt_neox", TWO, None, None),
-        ("opt", ONE, 5, None),
-        ("gemma3", THREE, 11, 9),
-        ("mistral", ONE, None, 13),
+        ("llama", ONE, None, None, 4),
+        ("llama", TWO, 7, None, 0),
+        ("llama", THREE, None, None, 4),
+        ("gpt_neox", TWO, None, None, 4),
+        ("opt", ONE, 5, None, 6),
+        ("gemma3", THREE, 11, 9, 4),
+        ("mistral", ONE, None, 13, 1),
     ],
 )
-def test_scores_are_those_of_a_dense_forward_with_the_same_folds(architecture, sentinels, prefill_chunk, window):
+def test_scores_are_those_of_a_dense_forward_with_the_same_folds(
+    architecture, sentinels, prefill_chunk, window, recent_tokens
+):
     draw = random.Random(5)
     prompt, forced = ([draw.randrange(3, 100) for _ in range(size)] for size in (30, 90))
-    options = {"budget": 24, "span_length": 6, "num_sinks": 2, "recent_tokens": 4}
+    options = {"budget": 24, "span_length": 6, "num_sinks": 2, "recent_tokens": recent_tokens}
     model = tiny_model(architecture, window=window)
     generator = SentinelGenerator(sentinels, **options, prefill_chunk=prefill_chunk)
     _, scores = generate(model, [prompt], forced, generator)
@@ -270,10 +195,12 @@ def test_rows_that_ended_are_padded_and_stay_as_they_are():
     model = tiny_model("llama")
     forced = [[9, 9], [127, 10], [5, 11], [6, 12], [7, 13], [8, 14], [8, 15], [8, 16], [8, 17], [8, 18]]
     generator = SentinelGenerator(ONE, budget=10, span_length=4, num_sinks=1, recent_tokens=2)
-    out, _ = generate(model, [[3, 4, 5, 6], [7, 8, 9, 10]], forced, generator)
+    out, scores = generate(model, [[3, 4, 5, 6], [7, 8, 9, 10]], forced, generator)
     assert out[0].tolist() == [3, 4, 5, 6, 9, 127, *[0] * 8]
     assert out[1, 4:].tolist() == [row[1] for row in forced]
     assert generator.final_context.next_position.tolist() == [5, 13]
+    assert generator.final_context.next_logits[0].equal(scores[0, 1])
+    assert generator.final_context.next_logits[1].equal(scores[1, -1])
     assert generator.final_context.num_kept[0] == 5 and generator.num_folds > 0 and max(generator.history) <= 10
     out, _ = generate(model, [[3, 4, 5, 6], [7, 8, 9, 10]], [[127, 127], [1, 1]], SentinelGenerator(ONE))
     assert out.shape == (2, 5)
@@ -347,7 +274,7 @@ def test_a_context_answers_many_questions_many_times():
         ({"budget": 37}, "38 entries"),
         ({"span_length": 1}, "span_length"),
         ({"num_sinks": -1}, "num_sinks"),
-        ({"recent_tokens": 0}, "recent_tokens"),
+        ({"recent_tokens": -1}, "recent_tokens"),
         ({"prefill_chunk": 0}, "prefill_chunk"),
     ],
 )
