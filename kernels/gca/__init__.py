@@ -83,7 +83,7 @@ def grouped_cross_attention(
 
             check_device(q)
             return gca_triton(q, k, v, indices, weights, kv_lengths, scale, softmax_off_by_one)[0]
-        return gca_cpu(q, k, v, indices, weights, kv_lengths, scale, softmax_off_by_one)[0]
+        return gca_cpu(q, k, v, indices, weights, kv_lengths, scale, softmax_off_by_one, implementation == "auto")[0]
 
 
 def _triton_serves(q: Tensor) -> bool:
