@@ -6,6 +6,7 @@ with ParallelContext(degree=8).bind(model, tokenizer) as pc:
 """
 
 from patches.parallel_context.attention import GroupedOutput, aggregate_scores, grouped_attention, merge_attention
+from patches.parallel_context.baselines import baseline
 from patches.parallel_context.cache import PieceCache, key_norms, value_norms
 from patches.parallel_context.calibration import Calibration
 from patches.parallel_context.eviction import TokenEviction, observation_scores, pyramid_budgets
@@ -24,6 +25,7 @@ __all__ = [
     "SelectiveAttention",
     "TokenEviction",
     "aggregate_scores",
+    "baseline",
     "grouped_attention",
     "key_norms",
     "merge_attention",

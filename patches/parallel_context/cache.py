@@ -15,11 +15,8 @@ import torch
 from torch import Tensor
 
 from patches.parallel_context.cache_files import load_cache, save_cache
-from patches.parallel_context.key_groups import Counts, KeyPart, count_groups
+from patches.parallel_context.key_groups import UNUSED, Counts, KeyPart, count_groups
 from patches.parallel_context.positions import next_position
-
-UNUSED = -2
-"""Segment of slots that hold nothing."""
 
 
 @dataclass
@@ -45,6 +42,8 @@ class PieceCache:
     """Position mode."""
     piece_scores: list[list[float] | None] | None = None
     """Per row, the mean NLL of the query after each piece that was encoded, dropped ones included."""
+    received: list[Tensor] | None = None
+    """Per layer ``[B, G, N]`` float32 or better: attention a slot received from the context, for H2O over a prompt."""
     fingerprint: dict[str, Any] = field(default_factory=dict)
     """What identifies the model."""
 
@@ -137,6 +136,7 @@ class PieceCache:
     def _take(self, index: Sequence[Tensor]) -> "PieceCache":
         """Return the cache of the slots ``[B, G or 1, n]`` of each layer."""
         parts: dict[str, list[Tensor]] = {"keys": [], "values": [], "positions": [], "segments": []}
+        parts |= {} if self.received is None else {"received": []}
         for layer, slots in enumerate(index):
             shape = (*self.keys[layer].shape[:2], slots.shape[-1])
             full = slots.expand(shape)[..., None].expand(*shape, self.keys[layer].shape[-1])
@@ -146,6 +146,8 @@ class PieceCache:
                 places = one_head(getattr(self, name)[layer])
                 places = places.expand(-1, max(slots.shape[1], places.shape[1]), -1)
                 parts[name].append(places.gather(-1, slots.expand(*places.shape[:2], -1)).expand(shape))
+            if self.received is not None:
+                parts["received"].append(self.received[layer].gather(-1, slots.expand(shape)))
         return replace(self, **parts)  # type: ignore[arg-type]
 
     def row(self, number: int) -> "PieceCache":
@@ -162,6 +164,7 @@ class PieceCache:
             values=cut(self.values),
             positions=cut(self.positions),
             segments=cut(self.segments),
+            received=None if self.received is None else cut(self.received),
             next_position=self.next_position[rows],
             lengths=self.lengths[rows],
             source_pieces=self.source_pieces[rows],
@@ -198,6 +201,7 @@ class PieceCache:
             values=joined("values", 0),
             positions=joined("positions", 0),
             segments=joined("segments", UNUSED),
+            received=joined("received", 0) if all(cache.received is not None for cache in caches) else None,
             next_position=torch.cat([cache.next_position for cache in caches]),
             lengths=[row for cache in caches for row in cache.lengths],
             source_pieces=[row for cache in caches for row in cache.source_pieces],

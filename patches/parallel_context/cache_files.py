@@ -8,47 +8,45 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from patches.parallel_context.families import model_fingerprint
 
 FORMAT = "longhaul piece cache 1"
-PER_LAYER = ("keys", "values", "positions", "segments")
+PER_LAYER = ("keys", "values", "positions", "segments", "received")
 PLAIN = ("lengths", "source_pieces", "offsets", "mode", "piece_scores", "fingerprint")
 
 
 def save_cache(cache: Any, path: str | Path) -> None:
     """Write a `PieceCache` to ``path``."""
-    from safetensors.torch import save_file
-
     tensors: dict[str, Tensor] = {"next_position": cache.next_position.contiguous()}
-    links: dict[str, str] = {}
-    stored: dict[tuple[int, torch.Size, tuple[int, ...]], str] = {}
+    sources: dict[str, list[str]] = {}
+    heads: dict[str, int] = {}
     for kind in PER_LAYER:
-        for layer, tensor in enumerate(getattr(cache, kind)):
-            name, known = f"{kind}.{layer}", (tensor.data_ptr(), tensor.shape, tensor.stride())
-            if kind in ("positions", "segments") and known in stored:
-                links[name] = stored[known]
+        known: dict[tuple[int, torch.Size], str] = {}
+        sources[kind] = []
+        for layer, tensor in enumerate(getattr(cache, kind) or ()):
+            name = known.setdefault((tensor.data_ptr(), tensor.shape), f"{kind}.{layer}")
+            sources[kind].append(name)
+            if name in tensors:
                 continue
-            stored[known] = name
+            heads[name] = tensor.shape[1]
             shared = tensor.shape[1] > 1 and tensor.stride(1) == 0
-            if shared:
-                links[name + ".heads"] = str(tensor.shape[1])
-            tensors[name] = (tensor[:, :1] if shared else tensor).clone(memory_format=torch.contiguous_format)
-    plain = {name: getattr(cache, name) for name in PLAIN} | {"num_layers": cache.num_layers}
-    metadata = {"format": FORMAT, "plain": json.dumps(plain), "links": json.dumps(links)}
-    save_file(tensors, str(path), metadata=metadata)
+            tensors[name] = (tensor[:, :1] if shared else tensor).contiguous()
+    plain = {name: getattr(cache, name) for name in PLAIN}
+    metadata = {"format": FORMAT, "plain": json.dumps(plain), "sources": json.dumps(sources)}
+    save_file(tensors, str(path), metadata=metadata | {"heads": json.dumps(heads)})
 
 
 def load_cache(path: str | Path, model: Any = None) -> dict[str, Any]:
-    """Read the fields of a `PieceCache`.
+    """Read the fields of a `PieceCache`, to the device of ``model`` if given.
 
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If the file holds no cache, or that of another model.
     """
-    from safetensors import SafetensorError, safe_open
-
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no piece cache at {path}")
     device = "cpu" if model is None else str(next(model.parameters()).device)
@@ -60,20 +58,14 @@ def load_cache(path: str | Path, model: Any = None) -> dict[str, Any]:
         raise ValueError(f"{path} is not a safetensors file: {error}") from error
     if metadata.get("format") != FORMAT:
         raise ValueError(f"{path} holds no piece cache of this version; encode the context again")
-    plain, links = json.loads(metadata["plain"]), json.loads(metadata["links"])
+    plain, sources, heads = (json.loads(metadata[name]) for name in ("plain", "sources", "heads"))
     if model is not None:
         _check_model(path, plain["fingerprint"], model_fingerprint(model))
-    fields: dict[str, Any] = {name: plain[name] for name in PLAIN} | {"next_position": tensors["next_position"]}
-    expanded: dict[str, Tensor] = {}
+    full = {name: tensors[name].expand(-1, count, *tensors[name].shape[2:]) for name, count in heads.items()}
+    fields: dict[str, Any] = {name: plain[name] for name in PLAIN}
+    fields["next_position"] = tensors["next_position"].cpu()
     for kind in PER_LAYER:
-        names = [f"{kind}.{layer}" for layer in range(plain["num_layers"])]
-        for name in names:
-            source = links.get(name, name)
-            if source not in expanded:
-                heads = links.get(source + ".heads")
-                tensor = tensors[source]
-                expanded[source] = tensor if heads is None else tensor.expand(-1, int(heads), -1)
-        fields[kind] = [expanded[links.get(name, name)] for name in names]
+        fields[kind] = [full[name] for name in sources[kind]] or None
     return fields
 
 

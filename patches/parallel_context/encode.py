@@ -13,9 +13,12 @@ from patches.parallel_context.dispatch import Implementation, attend, visible_wi
 from patches.parallel_context.hook import AttentionCall, ModelHook
 from patches.parallel_context.key_groups import KeyPart
 from patches.parallel_context.problem import Own, Problem
+from patches.parallel_context.slots import last_rows, observe
 
 Write = Callable[[int, Tensor, Tensor], None]
 """Takes the number of a layer and its new keys and values ``[b, G, S, D]``."""
+Watch = Callable[[int, Problem], None]
+"""Takes the number of a layer and its attention call."""
 
 
 @dataclass(frozen=True)
@@ -43,12 +46,14 @@ class PieceAttention:
         *,
         implementation: Implementation,
         workspace: int,
+        watch: Watch | None = None,
     ) -> None:
         """Prepare for pieces at ``positions`` ``[b, S]`` (on the host) behind the layers of a prefix (or none)."""
-        self._positions, self._prefix, self._write = positions, prefix, write
+        self._positions, self._prefix, self._write, self._watch = positions, prefix, write, watch
         self._implementation, self._workspace = implementation, workspace
         self._greatest = float(positions.max())
-        self._least = 0.0 if prefix else float(positions.min())
+        least = float(positions.min())  # some modes push pieces below the prefix
+        self._least = min(least, 0.0) if prefix else least
 
     def __call__(self, call: AttentionCall) -> Tensor:
         """Write the keys of a layer and attend."""
@@ -66,7 +71,10 @@ class PieceAttention:
             positions=places,
             workspace=self._workspace,
         )
-        return attend(problem, frozenset(), self._implementation).output
+        output = attend(problem, frozenset(), self._implementation).output
+        if self._watch is not None:
+            self._watch(call.layer, problem)
+        return output
 
 
 class CacheWriter:
@@ -102,6 +110,29 @@ class CacheWriter:
             return
         shape = (self._batch, like.shape[1], self._width, like.shape[3])
         self.keys[layer], self.values[layer] = like.new_zeros(shape), like.new_zeros(shape)
+
+
+class AttentionReceived:
+    """What slots receive from the rows of their own piece, summed over the rows: ``[B, G, N]`` per layer."""
+
+    def __init__(self, num_layers: int, batch: int, width: int) -> None:
+        self.layers: list[Tensor] = [torch.empty(0)] * num_layers
+        self._batch, self._width = batch, width
+
+    def watch(self, pieces: Sequence[Piece]) -> Watch:
+        """Return the function that observes a micro-batch of these pieces."""
+        lengths = [len(piece.tokens) for piece in pieces]
+
+        def watch(layer: int, problem: Problem) -> None:
+            found = observe(problem, last_rows(lengths, problem.query.shape[2], 0)).mean(2)
+            if not self.layers[layer].numel():
+                self.layers[layer] = found.new_zeros(self._batch, found.shape[1], self._width)
+            offset = found.shape[2] - problem.own.keys.shape[2]
+            for index, piece in enumerate(pieces):
+                own = found[index, :, offset : offset + lengths[index]]
+                self.layers[layer][piece.row, :, piece.slot : piece.slot + lengths[index]] = own
+
+        return watch
 
 
 def encode_prefix(

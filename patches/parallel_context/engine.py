@@ -9,13 +9,14 @@ from typing import Any, Literal
 
 from patches.parallel_context.cache import PieceCache
 from patches.parallel_context.checks import check_count
-from patches.parallel_context.encoder import encode_context
+from patches.parallel_context.encoder import EncodeRequest, encode_context
 from patches.parallel_context.families import model_fingerprint
 from patches.parallel_context.generation import GenerateResult, Sampling, continue_query, end_tokens
 from patches.parallel_context.hook import ModelHook
 from patches.parallel_context.inputs import as_context, as_queries, as_targets
 from patches.parallel_context.meters import Recorder, check_meters
 from patches.parallel_context.patch import ParallelContext
+from patches.parallel_context.piece_policy import Queries
 from patches.parallel_context.prefixes import prefix_token_ids
 from patches.parallel_context.query_pass import Context, QueryPass
 from patches.parallel_context.scoring import ScoreResult, score_hidden
@@ -64,10 +65,10 @@ class BoundContext:
         ids = self.prefix_ids() if prefix is None else token_list(prefix)
         if not ids and not all(rows):
             raise ValueError("a context without pieces needs a prefix")
-        if query_ids is not None:
-            as_queries(query_ids, len(rows))
+        self._check_pieces(rows, query_ids)
+        queries = None if query_ids is None else Queries(*as_queries(query_ids, len(rows)))
         with self._hook.scope():
-            return encode_context(self._hook, self.options, rows=rows, prefix=ids, fingerprint=self._fingerprint)
+            return encode_context(self._hook, self.options, EncodeRequest(rows, ids, queries, self._fingerprint))
 
     def score(
         self,
@@ -151,6 +152,16 @@ class BoundContext:
     def _check_open(self) -> None:
         if not self._open:
             raise RuntimeError("this context is no longer bound: its with block has ended")
+
+    def _check_pieces(self, rows: list[list[list[int]]], query_ids: Any) -> None:
+        """Raise a ValueError where a policy lacks the query, or cannot serve so many pieces."""
+        policy, eviction = self.options.piece_policy, self.options.eviction
+        if query_ids is None and policy is not None and policy.score == "nll":
+            raise ValueError("KeepPieces scores pieces by the query: encode(pieces, query_ids=...)")
+        if query_ids is None and eviction is not None and eviction.needs_query:
+            raise ValueError("TokenEviction observes the query: encode(pieces, query_ids=...), or observe='piece'")
+        if eviction is not None and eviction.method == "streaming" and max(map(len, rows)) > 1:
+            raise ValueError(f"streaming is a baseline for one piece, got {max(map(len, rows))} pieces")
 
     def _query(self, state: PieceCache, *, capacity: int, recorder: Recorder) -> QueryPass:
         if state.fingerprint and state.fingerprint != self._fingerprint:

@@ -147,6 +147,11 @@ class TokenEviction:
         if self.stage == "query" and self.observe != "query":
             raise ValueError("stage='query' observes the query's rows: leave observe='query'")
 
+    @property
+    def needs_query(self) -> bool:
+        """Whether encoding needs the query."""
+        return self.stage == "piece" and self.observe == "query" and self.method in ("snapkv", "h2o", "pyramidkv")
+
     def budget(self, layer: int = 0, num_layers: int = 1, length: int | None = None) -> int:
         """Return the slots that layer ``layer`` keeps of ``length``."""
         if self.method != "pyramidkv":

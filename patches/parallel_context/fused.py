@@ -37,7 +37,9 @@ def fused_problem(problem: Problem, wants: frozenset[Want]) -> str | None:
         return "these statistics need single weights"
     if problem.own.valid is not None or not problem.own.causal or problem.own.keys.shape[2] != query.shape[2]:
         return "own keys that are not exactly the query tokens need a mask"
-    if any(counts for part in problem.context for counts in part.counts if len(counts) > 1):
+    if any(part.turned is not None for part in problem.context):
+        return "turned queries differ between the parts"
+    if any(len(heads) > 1 for part in problem.context for heads in part.counts):
         return "kv heads with different groups need single weights"
     return None
 

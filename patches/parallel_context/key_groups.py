@@ -7,12 +7,14 @@ Legend: B batch, G kv heads, N key slots, D head size, K pieces.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 import torch
 from torch import Tensor
 
+UNUSED = -2
+"""Segment of slots that hold nothing."""
 Counts = tuple[int, ...]
 """Slots of group 0 (prefix), 1 .. K (pieces) and, optionally, K + 1 (own), in this order."""
 
@@ -38,6 +40,16 @@ class Run:
 
 
 @dataclass(frozen=True)
+class Turned:
+    """Queries turned for the keys of one part, whose distances are not those of the positions."""
+
+    query: Tensor
+    """``[B, H, T, D]``."""
+    hidden: Tensor
+    """``[B, T, N]``, True where a key is hidden; windows do not apply."""
+
+
+@dataclass(frozen=True)
 class KeyPart:
     """Keys and values with slots sorted by group; unused slots come last."""
 
@@ -48,6 +60,14 @@ class KeyPart:
     """Per row (or one for all) and per head (or one for all)."""
     positions: Tensor | None = None
     """``[B or 1, G or 1, N]``, needed where a window measures distances."""
+    turned: Turned | None = None
+
+    def last_rows(self, count: int) -> "KeyPart":
+        """Return the part as the last ``count`` query tokens see it."""
+        if self.turned is None:
+            return self
+        query, hidden = self.turned.query, self.turned.hidden
+        return replace(self, turned=Turned(query[:, :, -count:], hidden[:, -count:]))
 
     def at(self, row: int, head: int) -> Counts:
         """Return the counts of a row and head."""

@@ -89,6 +89,10 @@ class ParallelContext:
             raise ValueError(f"overlap needs split_by='tokens', got {self.split_by!r}")
         if self.eviction is not None and self.eviction.method == "streaming" and (self.degree or 1) > 1:
             raise ValueError(f"streaming is a baseline for one piece, got degree={self.degree}; set degree=1")
+        if self.eviction is not None and self.eviction.method == "streaming":
+            others = [name for name in ("calibration", "piece_policy") if getattr(self, name) is not None]
+            if others:
+                raise ValueError(f"streaming holds sinks and a window, nothing is left to {others[0]}; leave it out")
 
     def _warn_without_effect(self) -> None:
         idle = []

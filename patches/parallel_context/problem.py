@@ -90,6 +90,7 @@ class Problem:
         scores = self.scores
         return replace(
             self,
+            context=tuple(part.last_rows(count) for part in self.context),
             query=self.query[:, :, first:],
             positions=None if self.positions is None else self.positions[:, first:],
             observed=None if self.observed is None else self.observed[:, first:],
@@ -116,7 +117,7 @@ class Attended:
     cosine: Tensor | None = None
     """``[B, H, T]``."""
     columns: Tensor | None = None
-    """``[B, H, N]``: weights on the context slots, summed over the observed rows."""
+    """``[B, H, N + M]``: weights on all slots, own ones last, summed over the observed rows."""
 
 
 def empty_result(problem: Problem, wants: frozenset[Want]) -> Attended:
@@ -127,7 +128,7 @@ def empty_result(problem: Problem, wants: frozenset[Want]) -> Attended:
     def zeros(*shape: int) -> Tensor:
         return torch.zeros(batch, heads, *shape, dtype=problem.dtype, device=device)
 
-    slots = sum(part.keys.shape[2] for part in problem.context)
+    slots = sum(part.keys.shape[2] for part in problem.context) + problem.own.keys.shape[2]
     return Attended(
         output=torch.empty_like(problem.query, memory_format=torch.contiguous_format),
         lse=zeros(tokens),

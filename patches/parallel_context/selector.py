@@ -20,6 +20,7 @@ class Selector:
         self._collected: list[Tensor] | None = None
         self._shared: list[Tensor] = []
         self._before: dict[int, Tensor] = {}
+        self._newest: dict[int, Tensor] = {}
 
     @property
     def two_pass(self) -> bool:
@@ -37,6 +38,10 @@ class Selector:
         shared = self._aggregate(stacked, lengths)
         self._shared = list(shared.expand(len(stacked), *shared.shape[1:]))
         self._collected = None
+
+    def begin(self) -> None:
+        """Begin a call: momentum mixes in what the call before used, however often layers attend in this one."""
+        self._before |= self._newest
 
     def prepare(
         self, layer: int, problem: Problem, lengths: list[int]
@@ -80,5 +85,5 @@ class Selector:
             row[:, : max(length, 1)].mean(1, keepdim=True) if row.shape[1] > 1 else row
             for row, length in zip(scores, lengths, strict=True)
         ]
-        self._before[layer] = torch.stack(means)
+        self._newest[layer] = torch.stack(means)
         return scores

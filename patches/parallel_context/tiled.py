@@ -52,7 +52,7 @@ def _attend_tile(problem: Problem, tile: Tile, result: Attended) -> None:
         total = out if total is None else total.add_(out)
         if result.entropy is not None:
             entropy += torch.special.entr(spread).sum(-1)
-        if result.columns is not None and part.column is not None:
+        if result.columns is not None:
             _add_columns(problem, tile, part, spread, result.columns)
     _store(result.output, tile, torch.zeros_like(tile.query) if total is None else total)
     _store(result.lse, tile, weights.lse)
@@ -139,7 +139,7 @@ def _store_logits(problem: Problem, tile: Tile, result: Attended) -> None:
 
 
 def _add_columns(problem: Problem, tile: Tile, part: TilePart, spread: Tensor, columns: Tensor) -> None:
-    assert problem.observed is not None and part.column is not None
+    assert problem.observed is not None
     observed = problem.observed[tile.rows, None, None, tile.tokens, None]
     total = (spread * observed).sum(3)
     kv_heads = problem.own.keys.shape[1]

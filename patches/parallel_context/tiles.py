@@ -30,8 +30,8 @@ class TilePart:
     """``[b, g, R, c, n]``."""
     hidden: Tensor | None
     """``[b or 1, g or 1, 1, c or 1, n]``."""
-    column: int | None
-    """Number of its first slot among all context slots; None for own keys."""
+    column: int
+    """Number of its first slot among all slots, own ones last."""
 
 
 @dataclass(frozen=True)
@@ -102,31 +102,37 @@ def _cut_block(block: Block, most_cells: int, kv_heads: int) -> Iterator[tuple[s
 def _make(problem: Problem, block: Block, rows: slice, heads: slice, tokens: slice, *, detail: bool) -> Tile:
     groups = (problem.most_pieces if detail else 1) + 2
     query = problem.query.unflatten(1, (problem.own.keys.shape[1], -1))[rows, heads, :, tokens]
-    parts, column = [], 0
+    tile = Tile(rows, heads, tokens, query, [], block.num_pieces, groups)
+    column = 0
     for part, runs in zip(problem.context, block.runs, strict=True):
         if runs:
-            parts.append(_context_part(problem, part, runs, (rows, heads, tokens), column))
+            tile.parts.append(_context_part(problem, part, runs, tile, column))
         column += part.keys.shape[2]
-    own = _own_part(problem, rows, heads, tokens, groups - 1)
-    return Tile(rows, heads, tokens, query, parts if own is None else [*parts, own], block.num_pieces, groups)
+    own = _own_part(problem, tile, column)
+    if own is not None:
+        tile.parts.append(own)
+    return tile
 
 
-def _context_part(
-    problem: Problem, part: KeyPart, runs: tuple[Run, ...], where: tuple[slice, slice, slice], column: int
-) -> TilePart:
-    (rows, heads, tokens), width = where, runs[-1].stop
-    keys, values = (_of_rows(x, rows)[:, heads, :width] for x in (part.keys, part.values))
+def _context_part(problem: Problem, part: KeyPart, runs: tuple[Run, ...], tile: Tile, column: int) -> TilePart:
+    width = runs[-1].stop
+    keys, values = (_of_rows(x, tile.rows)[:, tile.heads, :width] for x in (part.keys, part.values))
+    if part.turned is not None:
+        query = part.turned.query.unflatten(1, (part.keys.shape[1], -1))[tile.rows, tile.heads, :, tile.tokens]
+        hidden = part.turned.hidden[tile.rows, None, None, tile.tokens, :width]
+        return TilePart(keys, values, runs, _logits(problem, query, keys, hidden), hidden, column)
     hidden = None
     if problem.window is not None:
         assert part.positions is not None
-        places = _of_rows(part.positions, rows)
-        places = (places if places.shape[1] == 1 else places[:, heads])[:, :, None, None, :width]
-        hidden = places <= _reach(problem, rows, tokens)
-    return TilePart(keys, values, runs, _logits(problem, keys, where, hidden), hidden, column)
+        places = _of_rows(part.positions, tile.rows)
+        places = (places if places.shape[1] == 1 else places[:, tile.heads])[:, :, None, None, :width]
+        hidden = places <= _reach(problem, tile)
+    return TilePart(keys, values, runs, _logits(problem, tile.query, keys, hidden), hidden, column)
 
 
-def _own_part(problem: Problem, rows: slice, heads: slice, tokens: slice, group: int) -> TilePart | None:
+def _own_part(problem: Problem, tile: Tile, column: int) -> TilePart | None:
     """Return the own keys that a tile's queries may see; those after its last query are left out."""
+    rows, heads, tokens = tile.rows, tile.heads, tile.tokens
     own, num_own = problem.own, problem.own.keys.shape[2]
     late = num_own - problem.query.shape[2]
     stop = tokens.stop + late if own.causal else num_own
@@ -143,21 +149,21 @@ def _own_part(problem: Problem, rows: slice, heads: slice, tokens: slice, group:
         hidden = invalid if hidden is None else hidden | invalid
     if problem.window is not None:
         assert own.positions is not None
-        far = own.positions[rows, None, None, None, start:stop] <= _reach(problem, rows, tokens)
+        far = own.positions[rows, None, None, None, start:stop] <= _reach(problem, tile)
         hidden = far if hidden is None else hidden | far
     keys, values = (x[rows, heads, start:stop] for x in (own.keys, own.values))
-    run = Run(0, 1, stop - start, group)
-    return TilePart(keys, values, (run,), _logits(problem, keys, (rows, heads, tokens), hidden), hidden, None)
+    run = Run(0, 1, stop - start, tile.num_groups - 1)
+    return TilePart(keys, values, (run,), _logits(problem, tile.query, keys, hidden), hidden, column + start)
 
 
 def _of_rows(x: Tensor, rows: slice) -> Tensor:
     return x[rows] if x.shape[0] > 1 else x
 
 
-def _reach(problem: Problem, rows: slice, tokens: slice) -> Tensor:
+def _reach(problem: Problem, tile: Tile) -> Tensor:
     """Return the last position ``[b, 1, 1, c, 1]`` that a window hides."""
     assert problem.positions is not None and problem.window is not None
-    return problem.positions[rows, None, None, tokens, None] - problem.window
+    return problem.positions[tile.rows, None, None, tile.tokens, None] - problem.window
 
 
 def _first_in_window(problem: Problem, rows: slice, slot: int) -> int:
@@ -169,10 +175,8 @@ def _first_in_window(problem: Problem, rows: slice, slot: int) -> int:
     return int(min(first))
 
 
-def _logits(problem: Problem, keys: Tensor, where: tuple[slice, slice, slice], hidden: Tensor | None) -> Tensor:
+def _logits(problem: Problem, query: Tensor, keys: Tensor, hidden: Tensor | None) -> Tensor:
     """Return ``scale q . k`` in float32 or better, soft-capped, MASKED where hidden: ``[b, g, R, c, n]``."""
-    rows, heads, tokens = where
-    query = problem.query.unflatten(1, (problem.own.keys.shape[1], -1))[rows, heads, :, tokens]
     logits = multiply(query.flatten(2, 3), keys.mT, problem.dtype).mul_(problem.scale)
     if problem.softcap is not None:
         logits.div_(problem.softcap).tanh_().mul_(problem.softcap)

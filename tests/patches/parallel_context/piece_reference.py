@@ -38,6 +38,8 @@ class Reference:
     scores: list = field(default_factory=list)
     keys: list = field(default_factory=list)
     queries: list = field(default_factory=list)
+    weights: list = field(default_factory=list)
+    """``[H, N, N]`` per layer, where asked for."""
 
     @property
     def tokens(self):
@@ -58,8 +60,8 @@ class Reference:
         return torch.cat([torch.arange(offset), *placed, query])
 
 
-def run_reference(model, reference, fractional=False):
-    """Return the logits ``[T, V]`` of the query rows; statistics go to the reference."""
+def run_reference(model, reference, fractional=False, whole=False, weights=False):
+    """Return the logits ``[T, V]`` of the query rows, or of all; statistics go to the reference."""
     model = copy.deepcopy(model)
     selection = reference.selection
     shared = None
@@ -77,11 +79,14 @@ def run_reference(model, reference, fractional=False):
         scores = reference.shared if reference.first_pass else shared
         given = None if scores is None else scores[min(layer, len(scores) - 1)]
         options = {"scale": scaling, "softcap": softcap}
+        if weights:  # the output for values that are the unit vectors
+            units = torch.eye(key.shape[2], dtype=key.dtype).expand(*key.shape[:2], -1, -1)
+            reference.weights.append(_attend(reference, (query, key, units), hidden, given, options)[0])
         return _attend(reference, (query, key, value), hidden, given, options).transpose(1, 2), None
 
     with _installed(model, attend), torch.no_grad():
         logits = model(torch.tensor([reference.tokens]), position_ids=places[None], use_cache=False).logits
-    return logits[0, len(reference.tokens) - len(reference.query) :]
+    return logits[0, 0 if whole else len(reference.tokens) - len(reference.query) :]
 
 
 def _hidden(reference, places, layer, window):

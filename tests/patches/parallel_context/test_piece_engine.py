@@ -28,7 +28,7 @@ def close(found, expected, limit=TOLERANCE):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("mode", POSITION_MODES)
 def test_one_piece_is_full_attention(family, mode):
-    model = tiny_model(family)
+    model = tiny_model(family, layers=2)
     prefix, piece, query = text(4, 1), text(13, 2), text(6, 3)
     expected = model(torch.tensor([prefix + piece + query])).logits[0, -6:]
     close(score(model, prefix, [piece], query, mode).logits[0], expected)
@@ -38,14 +38,18 @@ def test_one_piece_is_full_attention(family, mode):
 @pytest.mark.parametrize("mode", POSITION_MODES)
 def test_dense_mask_all_modes(family, mode):
     for number, (prefix, lengths) in enumerate(SHAPES):
-        compare_with_reference(tiny_model(family), prefix, lengths, mode, micro_batch_tokens=(14, 16384)[number % 2])
+        compare_with_reference(
+            tiny_model(family, layers=2), prefix, lengths, mode, micro_batch_tokens=(14, 16384)[number % 2]
+        )
 
 
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name not in ("llama", "gpt_neox")])
 @pytest.mark.parametrize("mode", ["ME", "ML"])
 def test_dense_mask_other_families(family, mode):
     for number, (prefix, lengths) in enumerate(SHAPES):
-        compare_with_reference(tiny_model(family), prefix, lengths, mode, micro_batch_tokens=(16384, 14)[number % 2])
+        compare_with_reference(
+            tiny_model(family, layers=2), prefix, lengths, mode, micro_batch_tokens=(16384, 14)[number % 2]
+        )
 
 
 @pytest.mark.parametrize("implementation", ["grouped", "eager"])

@@ -86,19 +86,19 @@ def test_policies_that_change_nothing(options):
     close(*logits, 1e-9)
 
 
-BATCH = [pieces_of((5, 9, 7), 1), pieces_of((6, 6), 2), pieces_of((11,), 3), pieces_of((2, 3, 4, 5), 4)]
-QUERIES = [text(4, 11), text(7, 12), text(5, 13), text(1, 14)]
+BATCH = [pieces_of((5, 9, 7), 1), pieces_of((11,), 3), pieces_of((2, 3, 4, 5), 4)]
+QUERIES = [text(4, 11), text(7, 12), text(1, 14)]
 
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_a_batch_is_its_rows(policy):
-    model = tiny_model("gemma3" if policy in ("plain", "top1", "soft") else "llama")
+    model = tiny_model("gemma3" if policy in ("plain", "top1", "soft") else "llama", layers=2)
     options = {"micro_batch_tokens": 20, "prefix": "bos"} | POLICIES[policy]
     meters = ("entropy", "mass")
     with bind(model, **options) as pc:
         state = pc.encode(BATCH)
         scored = pc.score(state, QUERIES, meters=meters)
-        generated = pc.generate(state, QUERIES, max_new_tokens=5, eos_token_id=[5, 17, 40], meters=meters)
+        generated = pc.generate(state, QUERIES, max_new_tokens=4, eos_token_id=[5, 17, 40], meters=meters)
         for row, (pieces, query) in enumerate(zip(BATCH, QUERIES, strict=True)):
             alone = pc.encode(pieces)
             expected = pc.score(alone, query, meters=meters)
@@ -108,14 +108,14 @@ def test_a_batch_is_its_rows(policy):
             assert scored.meters["entropy"][:, row, :, len(query) :].isnan().all()
             groups = [*range(len(pieces) + 1), -1]
             close(scored.meters["mass"][:, row][..., groups], expected.meters["mass"][:, 0], 5e-5)
-            one = pc.generate(alone, query, max_new_tokens=5, eos_token_id=[5, 17, 40], meters=meters)
+            one = pc.generate(alone, query, max_new_tokens=4, eos_token_id=[5, 17, 40], meters=meters)
             assert generated.token_ids[row] == one.token_ids[0]
             close(generated.meters["mass"][:, row][..., groups], one.meters["mass"][:, 0], 5e-5)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_generation_is_recomputation(policy):
-    model, options = tiny_model(), POLICIES[policy]
+    model, options = tiny_model(layers=2), POLICIES[policy]
     prefix, pieces, query = text(2, 1), pieces_of((5, 9, 7), 6), text(4, 9)
     with bind(model, **options) as pc:
         state = pc.encode(pieces, prefix=prefix)
