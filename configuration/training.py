@@ -155,17 +155,17 @@ def copy_tokenizer(source: Path | str | None, target: Path) -> None:
 def finish(trainer: pl.Trainer, module: pl.LightningModule, data: pl.LightningDataModule, *, config: dict) -> None:
     """Validate the final weights unless that was just done; write the metrics and the model."""
     folder = Path(config["output"])
-    watcher = config_callback(trainer, "last_result")
-    validated = watcher is not None and (watcher.last_result or {}).get("step") == trainer.global_step
-    if watcher is not None and not validated and not trainer.fast_dev_run:
+    watchers = [callback for callback in trainer.callbacks if hasattr(callback, "last_result")]
+    validated = all((watcher.last_result or {}).get("step") == trainer.global_step for watcher in watchers)
+    if watchers and not validated and not trainer.fast_dev_run:
         trainer.validate(module, datamodule=data, verbose=False)
     if not trainer.is_global_zero:
         return
     metrics = {"recipe": config["recipe"], "step": trainer.global_step, "protocol": protocol(config, data)}
     if (folder / "train.jsonl").exists():
         metrics["train"] = read_rows(folder / "train.jsonl")[-1]
-    if watcher is not None:
-        metrics["validation"] = watcher.last_result
+    if watchers:
+        metrics["validation"] = {name: value for w in watchers for name, value in (w.last_result or {}).items()}
     write_json(folder / "metrics.json", metrics)
     if config["export_model"]:
         tokenizer = folder / "tokenizer"
@@ -175,11 +175,6 @@ def finish(trainer: pl.Trainer, module: pl.LightningModule, data: pl.LightningDa
 def protocol(config: dict[str, Any], data: Any) -> dict[str, Any]:
     """What the validation numbers depend on besides the weights."""
     return data.validation_protocol() | {"precision": config["trainer"]["precision"], "versions": versions()}
-
-
-def config_callback(trainer: pl.Trainer, attribute: str) -> Any:
-    """The first callback with an attribute, or None: found by what it offers, not by its class."""
-    return next((callback for callback in trainer.callbacks if hasattr(callback, attribute)), None)
 
 
 def dry_run(config: dict[str, Any], missing: Sequence[str]) -> str:
