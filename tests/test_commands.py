@@ -59,7 +59,7 @@ def test_help_lists_recipes(call, command):
         ("train.py", ["recipe=quickstart", "trainer.max_steps=many"], "trainer.max_steps must be int"),
         ("train.py", ["recipe=quickstart", "resume=runs/no.ckpt"], "no checkpoint file"),
         ("export.py", ["checkpoint=nowhere"], "no run folder"),
-        ("generate.py", ["model.path=./nowhere", "prompt=hi"], "no model folder"),
+        ("generate.py", ["model.path=./nowhere", "prompt=hi"], "model.path=./nowhere does not exist"),
         ("eval.py", ["recipe=perplexity", "model.path=./nowhere", "data.path=./nowhere"], "nowhere"),
     ],
 )
