@@ -270,8 +270,13 @@ def test_flash_attention_serves_plain_chunks_and_sdpa_the_others(monkeypatch):
     model = tiny_model("llama")
     wanted = masked_forward(model, layout)
     model.config._attn_implementation = "flash_attention_2"
-    logits, _ = recurrent_forward(model, layout, chunk_size=2)
+    logits, cache = recurrent_forward(model, layout, chunk_size=2)
     assert (logits - wanted).abs().max() < 1e-5
     # Columns 0-5 and 16-31 are plain and see everything, in chunks of two; each call has two layers.
     assert len(calls) == 2 * (3 + 8)
     assert model.config._attn_implementation == "flash_attention_2"
+    # A slot without tokens of its own must not see the context, though the last token of its chunk sees everything.
+    lone = SpanLayout.from_ids(torch.tensor([[101, 5, 6]] * 2), ONE)
+    ours, _ = recurrent_forward(model, lone, cache=cache.fork())
+    model.config._attn_implementation = "sdpa"
+    assert (ours - recurrent_forward(model, lone, cache=cache)[0]).abs().max() < 1e-5

@@ -50,6 +50,10 @@ def test_the_same_seed_gives_the_same_rows():
         add_sentinels(model, 60, seed=seed)
     rows = [model.get_input_embeddings().weight[60:62] for model in (first, second, third)]
     assert rows[0].equal(rows[1]) and not rows[0].equal(rows[2])
+    for number, model in enumerate((first, second)):
+        torch.manual_seed(number)
+        add_sentinels(model, 70, seed=3)
+    assert all(value.equal(second.state_dict()[name]) for name, value in first.state_dict().items())
 
 
 @pytest.mark.parametrize(
