@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from callbacks.checkpoint import checkpoint_step, named_checkpoint, read_checkpoint
-from configuration.run_folder import other_owner, read_config
+from configuration.run_folder import other_owner, read_config, run_of
 from configuration.targets import build
 
 _PREFIX = "model."
@@ -67,9 +67,10 @@ class CheckpointExport:
         dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     ):
         path = Path(checkpoint)
-        self.run_folder = path.parent.parent if path.is_file() else path
-        if not (self.run_folder / "config.yaml").is_file():
+        folder = run_of(path) if path.is_file() else path
+        if folder is None or not (folder / "config.yaml").is_file():
             raise FileNotFoundError(f"{checkpoint} is no run folder nor a checkpoint of one: no config.yaml beside it")
+        self.run_folder = folder
         owner = other_owner(self.run_folder, "train")
         if owner:
             raise ValueError(f"{self.run_folder} holds {owner}, no run: pass a folder of train.py")

@@ -61,8 +61,6 @@ FREE_TRAINER = (
     "sync_batchnorm",
 )
 PACKAGES = ("torch", "triton", "lightning", "transformers", "tokenizers", "peft", "datasets", "hydra-core")
-
-
 # What else tells what a folder holds.
 _MARKS = {
     "checkpoints": "checkpoints of train.py",
@@ -94,6 +92,12 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or "recipe" not in config:
         raise ValueError(f"{folder / 'config.yaml'} is no recipe of this suite: pass another folder")
     return config
+
+
+def run_of(checkpoint: Path) -> Path | None:
+    """The run folder that a checkpoint file lies in: in ``checkpoints/``, or beside it if `NaNGuard` wrote it."""
+    places = (checkpoint.parent.parent, checkpoint.parent)
+    return next((folder for folder in places if (folder / "config.yaml").is_file()), None)
 
 
 def open_run(config: dict[str, Any]) -> tuple[Path, Path | None]:
@@ -155,8 +159,8 @@ def _refuse_useless(checkpoint: Path, folder: Path, config: dict[str, Any]) -> N
 
 
 def _warn_of_other_options(checkpoint: Path, config: dict[str, Any]) -> None:
-    origin = checkpoint.parent.parent
-    changed = _changed(origin, config) if (origin / "config.yaml").is_file() else []
+    origin = run_of(checkpoint)
+    changed = _changed(origin, config) if origin else []
     if changed:
         rank_zero_warn(f"{checkpoint} was trained with other options; now in force: {'; '.join(changed)}")
 

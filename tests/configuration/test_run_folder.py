@@ -160,8 +160,10 @@ def test_a_branch_with_other_options_says_which(config, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         open_run(branch)
-    with pytest.warns(UserWarning, match=r"other options; now in force: seed: 1 -> 2$"):
-        open_run({**branch, "seed": 2})
+    before_nan = checkpoint.rename(folder / "nan_step_3.ckpt")
+    for chosen in (save(folder, 3), before_nan):
+        with pytest.warns(UserWarning, match=r"other options; now in force: seed: 1 -> 2$"):
+            open_run({**branch, "seed": 2, "resume": str(chosen)})
 
 
 def test_an_option_and_its_copies_are_one_difference(config):
