@@ -3,19 +3,20 @@
 Legend: B batch, Tq queries, Tk keys, H heads, Hk kv heads, D head size.
 """
 
-from typing import Literal
+from typing import Literal, TypedDict
 
 import torch
 from torch import Tensor
 
 from kernels.sliding_window.blocked import BlockedAttention
 from kernels.sliding_window.flash import flash_problem, sliding_window_attention_flash
+from kernels.sliding_window.flex import flex_problem, sliding_window_attention_flex
 from kernels.sliding_window.reference import sliding_window_attention_reference
 
 __all__ = ["sliding_window_attention"]
 
-Implementation = Literal["auto", "flash", "sdpa", "reference"]
-IMPLEMENTATIONS = ("auto", "flash", "sdpa", "reference")
+Implementation = Literal["auto", "flash", "flex", "sdpa", "reference"]
+IMPLEMENTATIONS = ("auto", "flash", "flex", "sdpa", "reference")
 
 
 def sliding_window_attention(
@@ -42,30 +43,47 @@ def sliding_window_attention(
         alibi_slopes: ``[H]`` or ``[B, H]``; not differentiated.
         document_ids: ``[B, Tk]`` integers, non-decreasing over real tokens; only equal ids attend; -1 = padding.
         scale: factor of the scores; None = ``D ** -0.5``.
-        implementation: "flash" (the flash-attn package), "sdpa" (blocks of scaled dot products in PyTorch, memory
-            linear in T), "reference" (dense) or "auto" (flash where it applies, else sdpa).
+        implementation: "flash" (the flash-attn package), "flex" (PyTorch's compiled flex attention), "sdpa" (blocks of
+            scaled dot products in PyTorch, memory linear in T), "reference" (dense) or "auto" (the first of flash, flex
+            and sdpa that applies; flash and flex need 16-bit CUDA tensors).
 
     Returns:
         ``[B, Tq, H, D]`` in the dtype of ``q``.
 
     Raises:
-        ValueError: on an unknown implementation, shapes that do not fit, or "flash" where it cannot serve.
+        ValueError: on an unknown implementation, shapes that do not fit, or "flash" or "flex" where it cannot serve.
     """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"unknown implementation {implementation!r}, use one of {', '.join(IMPLEMENTATIONS)}")
     _check(q, k, v, window_size, alibi_slopes, document_ids)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    problem = None if implementation in ("sdpa", "reference") else flash_problem(q, document_ids)
-    if implementation == "flash" and problem is not None:
-        raise ValueError(f"{problem}; use implementation='sdpa'")
-    if implementation in ("auto", "flash") and problem is None:
+    if implementation in ("auto", "flash", "flex"):
+        implementation = _choose(implementation, q, document_ids)
+    if implementation == "flash":
         return sliding_window_attention_flash(q, k, v, window_size, alibi_slopes=alibi_slopes, scale=scale)
+    options: _Options = {"alibi_slopes": alibi_slopes, "document_ids": document_ids, "scale": scale}
+    if implementation == "flex":
+        return sliding_window_attention_flex(q, k, v, window_size, **options)
     with torch.autocast(q.device.type, enabled=False):  # scores and softmax stay in the accumulation type
         if implementation == "reference":
-            return sliding_window_attention_reference(
-                q, k, v, window_size, alibi_slopes=alibi_slopes, document_ids=document_ids, scale=scale
-            )
+            return sliding_window_attention_reference(q, k, v, window_size, **options)
         return BlockedAttention.apply(q, k, v, window_size, alibi_slopes, document_ids, scale)
+
+
+class _Options(TypedDict):
+    alibi_slopes: Tensor | None
+    document_ids: Tensor | None
+    scale: float
+
+
+def _choose(wanted: Implementation, q: Tensor, document_ids: Tensor | None) -> Implementation:
+    """Return the implementation asked for, or, for "auto", the first that applies."""
+    problems = {"flash": flash_problem(q, document_ids), "flex": flex_problem(q)}
+    if wanted != "auto":
+        if problems[wanted] is not None:
+            raise ValueError(f"{problems[wanted]}; use implementation='sdpa'")
+        return wanted
+    return "flash" if problems["flash"] is None else "flex" if problems["flex"] is None else "sdpa"
 
 
 def _check(

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from kernels.sliding_window import sliding_window_attention
+from kernels.sliding_window.flex import BLOCK, sliding_window_attention_flex, visible_blocks, window_mask
 
 
 def run(tensors, implementation, window, **options):
@@ -122,10 +123,11 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(function, tuple(t[name].requires_grad_() for name in "qkv"))
 
 
-def test_flash_asks_for_its_package_or_its_device():
+@pytest.mark.parametrize(("implementation", "name"), [("flash", "flash-attn"), ("flex", "flex attention")])
+def test_flash_and_flex_name_what_they_need(implementation, name):
     t = random_inputs(1, 4, 4, 1, 1)
-    with pytest.raises(ValueError, match=r"flash-attn .*use implementation='sdpa'"):
-        run(t, "flash", 2)
+    with pytest.raises(ValueError, match=rf"{name} .*use implementation='sdpa'"):
+        run(t, implementation, 2)
 
 
 def test_flash_passes_the_window_on(monkeypatch):
@@ -168,3 +170,63 @@ def test_wrong_options_are_refused(options):
     t = random_inputs(1, 4, 4, 2, 2)
     with pytest.raises(ValueError):
         sliding_window_attention(t["q"], t["k"], t["v"], 2, **options)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(("batch", "num_queries", "num_keys", "window", "heads", "kv_heads"), [
+    (2, 200, 200, 33, 4, 2), (1, 130, 130, None, 2, 1), (1, 1, 300, 64, 2, 1), (2, 150, 290, 500, 2, 2),
+])  # fmt: skip
+def test_flex_equals_reference(monkeypatch, batch, num_queries, num_keys, window, heads, kv_heads, packed):
+    """The functions given to flex attention, on dense scores: it runs on a CPU without compiling, forward only."""
+    monkeypatch.setattr("torch.nn.attention.flex_attention._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
+    tensors = random_inputs(batch, num_queries, num_keys, heads, kv_heads)
+    arguments = tensors["q"], tensors["k"], tensors["v"], window
+    for slopes in (None, torch.rand(heads), torch.rand(batch, heads)):
+        options = {"alibi_slopes": slopes, "document_ids": documents(batch, num_keys) if packed else None}
+        expected = sliding_window_attention(*arguments, scale=0.3, implementation="reference", **options)
+        result = sliding_window_attention_flex(*arguments, scale=0.3, compiled=False, **options)
+        torch.testing.assert_close(result, expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(("num_queries", "num_keys", "window"), [
+    (1, 1, 1), (128, 128, 128), (129, 129, 2), (300, 300, 513), (300, 1000, 130), (1, 1000, 129), (700, 700, 257),
+])  # fmt: skip
+def test_flex_visits_the_blocks_that_hold_something_to_see(num_queries, num_keys, window):
+    numbers, blocks = visible_blocks(num_queries, num_keys, window, torch.device("cpu"))
+    position = torch.arange(num_queries)[:, None] + num_keys - num_queries
+    seen = window_mask(num_keys - num_queries, window, None)(
+        0, 0, torch.arange(num_queries)[:, None], torch.arange(num_keys)
+    )
+    assert torch.equal(seen, (torch.arange(num_keys) <= position) & (torch.arange(num_keys) > position - window))
+    padded = torch.nn.functional.pad(seen, (0, -num_keys % BLOCK, 0, -num_queries % BLOCK))
+    wanted = padded.unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK)).any(3).any(1)
+    found = torch.zeros_like(wanted)
+    for row, number in enumerate(numbers[0, 0].tolist()):
+        found[row, blocks[0, 0, row, :number].long()] = True
+    assert torch.equal(found, wanted) and numbers.sum() == wanted.sum()
+
+
+def test_auto_prefers_flash_then_flex_then_blocks(monkeypatch):
+    import kernels.sliding_window as room
+
+    q = torch.zeros(1, 2, 1, 16)
+    assert room._choose("auto", q, None) == "sdpa"
+    monkeypatch.setattr(room, "flex_problem", lambda q: None)
+    assert room._choose("auto", q, None) == "flex"
+    monkeypatch.setattr(room, "flash_problem", lambda q, document_ids: None)
+    assert room._choose("auto", q, None) == "flash"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_flex_on_a_gpu(dtype, packed):
+    tensors = random_inputs(2, 300, 420, 4, 2, size=64, dtype=dtype)
+    options = {"alibi_slopes": torch.rand(4), "document_ids": documents(2, 420) if packed else None}
+    expected = run({key: t.double() for key, t in tensors.items()}, "reference", 130, **options)
+    cuda = {key: t if t is None else t.cuda() for key, t in (tensors | options).items()}
+    results = run(cuda, "flex", 130, **{key: cuda[key] for key in options})
+    for key, reference in expected.items():
+        error = (results[key].cpu().double() - reference).square().mean().sqrt()
+        assert error <= 1e-2 * reference.square().mean().sqrt(), key
