@@ -168,8 +168,8 @@ def finish(trainer: pl.Trainer, module: pl.LightningModule, data: pl.LightningDa
         metrics["validation"] = {name: value for w in watchers for name, value in (w.last_result or {}).items()}
     write_json(folder / "metrics.json", metrics)
     if config["export_model"]:
-        tokenizer = folder / "tokenizer"
-        save_model_folder(module.model, folder / "model", tokenizer=tokenizer if tokenizer.is_dir() else None)
+        tokenizer = folder / "tokenizer" if (folder / "tokenizer").is_dir() else None
+        save_model_folder(module.model_to_export(), folder / "model", tokenizer=tokenizer)
 
 
 def protocol(config: dict[str, Any], data: Any) -> dict[str, Any]:

@@ -135,6 +135,10 @@ class CausalLMModule(pl.LightningModule):
         self.grad_norm = total_grad_norm(self.model.parameters())
         self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
+    def model_to_export(self) -> Any:
+        """What a finished run saves with ``save_pretrained``; methods with adapters add them to the weights here."""
+        return self.model
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store the model's configuration beside its weights."""
         checkpoint["model_config"] = self.model.config.to_json_string(use_diff=False)

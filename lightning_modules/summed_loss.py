@@ -1,0 +1,65 @@
+"""Training by a sum of losses over targets: exact normalisation of an optimiser step, and steps that are not finite.
+
+Notable: the gradient of an optimiser step is that of ``sum of losses / N`` over all ranks and micro-batches, N being
+the targets of the whole step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_modules.causal_lm import CausalLMModule
+from lightning_modules.non_finite_steps import NonFiniteSteps
+from lightning_modules.step_targets import StepTargets
+
+MAX_SKIPPED_STEPS = 10
+
+
+class SummedLossModule(CausalLMModule):
+    """A module whose `loss` gives a sum and the number of targets it runs over; arguments are those of its base."""
+
+    def __init__(self, *arguments: Any, **options: Any):
+        super().__init__(*arguments, **options)
+        self.step_targets, self.skipping = StepTargets(), NonFiniteSteps(MAX_SKIPPED_STEPS)
+
+    def loss(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Sum of losses float32, number of targets int64, and detached numbers to log."""
+        raise AttributeError(f"{type(self).__name__} defines no loss")
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Any]:
+        """Return the share of the step's loss that this micro-batch is."""
+        self.seed_micro_batch(batch_idx)
+        loss_sum, num_targets, metrics = self.loss(batch)
+        factor = self.step_targets.factor(
+            batch,
+            num_targets,
+            accumulate=self.trainer.accumulate_grad_batches,
+            num_ranks=self.trainer.world_size,
+            # A fast_dev_run stops inside the announced step.
+            last=self.ends_step(batch_idx) and not self.trainer.fast_dev_run,
+        )
+        self.skipping.watch(loss_sum)
+        if self.ends_step(batch_idx):
+            for name, value in metrics.items():
+                self.log(f"train/{name}", value)
+            self.log("train/skipped_steps", float(self.skipping.skipped))
+        return {"loss": loss_sum * factor, "nll_sum": metrics["nll_sum"], "num_targets": num_targets}
+
+    def ends_step(self, batch_idx: int) -> bool:
+        """Whether the optimiser steps after this micro-batch: the window is full, or the epoch ends."""
+        return (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0 or self.trainer.is_last_batch
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip, then drop the step if its loss or gradient is not finite on any rank."""
+        super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        if self.trainer.precision != "16-mixed":  # its scaler skips by itself
+            self.skipping.end_step(self.parameters(), self.grad_norm)
