@@ -73,7 +73,8 @@ class PerplexityTask:
         device: str = "auto",
         progress: bool = True,
     ) -> None:
-        self.models = {_label(models): models} if isinstance(models, str) else dict(models)
+        named = {_label(models): models} if isinstance(models, str) else models
+        self.models = {label: str(path) for label, path in named.items()}
         self.corpus, self.lengths = corpus, sorted(lengths)
         self.stride, self.max_tokens, self.batch_tokens = stride, max_tokens, batch_tokens
         self.bos_token_id, self.dtype, self.progress = bos_token_id, dtype, progress

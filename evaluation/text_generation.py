@@ -74,6 +74,8 @@ class TextGeneration:
             raise ValueError(f"temperature must be 0 (greedy) or above, got {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must lie between 0 and 2**63 - 1, got {self.seed}")
         if self.temperature == 0 and (self.num_samples > 1 or self.top_p < 1):
             raise ValueError("num_samples and top_p need sampling: pass temperature above 0, 0.8 say")
 

@@ -142,6 +142,8 @@ def test_one_corpus_can_be_given_directly(folders, tmp_path):
         ({"dtype": "float8"}, "dtype is one of"),
         ({"dtype": "float16", "device": "cpu"}, "float16 is unusably slow"),
         ({"device": "tpu9"}, "device must be"),
+        ({"device": "meta"}, "device must be"),
+        ({"device": "cuda:-1"}, "device must be"),
         ({"device": "cuda:99"}, "CUDA devices"),
     ],
 )
@@ -153,6 +155,8 @@ def test_bad_options_are_explained(folders, options, sentence):
 def test_missing_models_are_explained(folders):
     with pytest.raises(FileNotFoundError, match="model nowhere: nowhere is no model folder"):
         task(folders, models="nowhere")
+    with pytest.raises(FileNotFoundError, match="model a: 3 is no model folder"):
+        task(folders, models={"a": 3})
 
 
 def test_the_longest_length_that_the_text_allows(folders, tmp_path):

@@ -62,6 +62,8 @@ def test_a_prompt_may_come_from_a_file(folder, tmp_path):
         ({"temperature": 1.0, "top_p": 0.0}, r"top_p must lie in \(0, 1\], got 0.0"),
         ({"temperature": 1.0, "top_p": 1.5}, r"top_p must lie in \(0, 1\], got 1.5"),
         ({"top_p": 0.5}, "need sampling"),
+        ({"seed": -1}, "seed must lie between 0"),
+        ({"seed": 2**63}, "seed must lie between 0"),
         ({"num_samples": 2}, "need sampling"),
     ],
 )
