@@ -27,7 +27,7 @@ class SummedLossModule(CausalLMModule):
         self.step_targets, self.skipping = StepTargets(), NonFiniteSteps(MAX_SKIPPED_STEPS)
 
     def loss(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Sum of losses float32, number of targets int64, and detached numbers to log."""
+        """Sum of losses float32, number of targets int64, and detached numbers; ``nll_sum`` where the loss is more."""
         raise AttributeError(f"{type(self).__name__} defines no loss")
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Any]:
@@ -43,11 +43,20 @@ class SummedLossModule(CausalLMModule):
             last=self.ends_step(batch_idx) and not self.trainer.fast_dev_run,
         )
         self.skipping.watch(loss_sum)
+        self.watch_metrics(metrics, batch_idx)
+        nll_sum = metrics.get("nll_sum", loss_sum.detach())
+        return {"loss": loss_sum * factor, "nll_sum": nll_sum, "num_targets": num_targets}
+
+    def watch_metrics(self, metrics: dict[str, Tensor], batch_idx: int) -> None:
+        """Log the numbers of a step's last micro-batch; methods that add them up do so here."""
         if self.ends_step(batch_idx):
             for name, value in metrics.items():
                 self.log(f"train/{name}", value)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Log how many steps were skipped so far."""
+        if self.ends_step(batch_idx):
             self.log("train/skipped_steps", float(self.skipping.skipped))
-        return {"loss": loss_sum * factor, "nll_sum": metrics["nll_sum"], "num_targets": num_targets}
 
     def ends_step(self, batch_idx: int) -> bool:
         """Whether the optimiser steps after this micro-batch: the window is full, or the epoch ends."""

@@ -15,21 +15,18 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lightning_modules.causal_lm import CausalLMModule
 from lightning_modules.fine_tuning import build_model, mixed_seed
-from lightning_modules.non_finite_steps import NonFiniteSteps
 from lightning_modules.optimization import Optimization
-from lightning_modules.step_targets import StepTargets
+from lightning_modules.summed_loss import SummedLossModule
 from lightning_modules.weighting_metrics import Sums, add_sums, reduce_sums, weighting_report, weighting_sums
 from losses.base_scoring import plan_windows, score_base_nll, unpack_scores
 from losses.output_head import hidden_states, output_head, verify_head
 from losses.token_weights import TokenWeighting, weighted_nll_sum
 
 IGNORED = -100
-MAX_SKIPPED_STEPS = 10
 
 
-class TokenWeightedLM(CausalLMModule):
+class TokenWeightedLM(SummedLossModule):
     """Fine-tune a Hugging Face causal LM with weighted targets (token weighting, LongCE, PPMI, ...).
 
     Args:
@@ -119,7 +116,6 @@ class TokenWeightedLM(CausalLMModule):
             "chunk_size": chunk_size,
         }
         plan_windows(2 * base_length, base_length, base_stride, "align")  # refuses impossible sizes now
-        self.step_targets, self.skipping = StepTargets(), NonFiniteSteps(MAX_SKIPPED_STEPS)
         self.sums: Sums | None = None
         if isinstance(model, PreTrainedModel):
             self.configure_model()
@@ -180,47 +176,16 @@ class TokenWeightedLM(CausalLMModule):
         ]
         return made[0] if self.weighting.parity else made
 
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Any]:
-        """Return the share of the step's loss that this micro-batch is."""
-        self.seed_micro_batch(batch_idx)
-        loss_sum, num_targets, sums = self.loss(batch)
-        self.sums = add_sums(self.sums, sums)
-        factor = self.step_targets.factor(
-            batch,
-            num_targets,
-            accumulate=self.trainer.accumulate_grad_batches,
-            num_ranks=self.trainer.world_size,
-            # A fast_dev_run stops inside the announced step.
-            last=self.ends_step(batch_idx) and not self.trainer.fast_dev_run,
-        )
-        self.skipping.watch(loss_sum)
-        return {"loss": loss_sum * factor, "nll_sum": loss_sum.detach(), "num_targets": num_targets}
-
-    def ends_step(self, batch_idx: int) -> bool:
-        """Whether the optimiser steps after this micro-batch: the window is full, or the epoch ends."""
-        return (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0 or self.trainer.is_last_batch
-
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Log what the step's weights were, at logging steps only: the ranks meet and the host waits."""
+    def watch_metrics(self, metrics: Sums, batch_idx: int) -> None:
+        """Add up the sums of a step; log what they say at logging steps only: the ranks meet and the host waits."""
+        self.sums = add_sums(self.sums, metrics)
         if not self.ends_step(batch_idx):
             return
         sums, self.sums = self.sums, None
-        if sums is None or self.global_step % self.trainer.log_every_n_steps:
+        if (self.global_step + 1) % self.trainer.log_every_n_steps:
             return
         for name, value in weighting_report(reduce_sums(sums), edges=self.position_edges).items():
             self.log(f"train/{name}", value)
-        self.log("train/skipped_steps", float(self.skipping.skipped))
-
-    def configure_gradient_clipping(
-        self,
-        optimizer: torch.optim.Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        """Clip, then drop the step if its loss or gradient is not finite on any rank."""
-        super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
-        if self.trainer.precision != "16-mixed":  # its scaler skips by itself
-            self.skipping.end_step(self.parameters(), self.grad_norm)
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
         """Return unweighted scores: ``nll`` float32 [B, T] and ``counted`` bool [B, T]."""
