@@ -204,8 +204,8 @@ class KVCompressionLM(SummedLossModule):
         nll = label_nll(self.logits(layout, batch), labels, exclude=self.exclude)
         counted = F.pad(labels[:, 1:] != IGNORED, (0, 1))
         at = layout.plain_index.clamp(min=0)
-        real = layout.plain_index >= 0
-        return {"nll": nll.gather(1, at) * real, "counted": counted.gather(1, at) & real}
+        scored = (layout.plain_index >= 0) & batch.get("scored", True)
+        return {"nll": nll.gather(1, at) * scored, "counted": counted.gather(1, at) & scored}
 
     def save_adapter(self, folder: str | Path) -> None:
         """Write the adapter in PEFT's format, with ``sentinels.json``."""

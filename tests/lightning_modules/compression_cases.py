@@ -44,7 +44,7 @@ def randomise_adapters(module, scale=0.1):
     """Give the second factors of the adapters values, so that the adapters do something."""
     draw = torch.Generator().manual_seed(7)
     with torch.no_grad():
-        for name, parameter in module.model.named_parameters():
+        for parameter in module.model.parameters():
             if parameter.requires_grad:
                 parameter.add_(scale * torch.randn(parameter.shape, generator=draw))
 

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -38,7 +39,7 @@ def sentinel_targets(layout):
     found = []
     for row, kinds in enumerate(layout.kind.tolist()):
         columns = [column for column, kind in enumerate(kinds) if kind == PLAIN]
-        found += [(row, a, int(layout.input_ids[row, b])) for a, b in zip(columns, columns[1:], strict=False)]
+        found += [(row, a, int(layout.input_ids[row, b])) for a, b in pairwise(columns)]
     return found
 
 
@@ -210,6 +211,9 @@ def test_validation_scores_original_tokens():
     assert scores["nll"].shape == scores["counted"].shape == (2, 20)
     assert scores["counted"].sum() == count and not scores["counted"][1, 16:].any()
     assert scores["nll"].sum().item() == pytest.approx(loss_sum.item(), rel=1e-5)
+    with torch.no_grad():
+        repeated = module.validation_step(batch() | {"scored": torch.tensor(False)}, 0)
+    assert not repeated["counted"].any() and not repeated["nll"].any()
 
 
 def test_gradient_checkpointing_changes_no_gradient():

@@ -1,0 +1,250 @@
+"""Blocks of a token corpus for KV compression: with sentinels, or plain for the baselines.
+
+Notable: where the data stands is one number, the optimiser step, and what a micro-batch holds is a pure function of its
+number. All methods read the same blocks in the same order.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+
+from datamodules.corpus import TokenCorpus, open_split
+from datamodules.loading import PlainStateLoader, Share, make_loader
+from datamodules.scored_batches import SequencePlan
+from datamodules.sentinel_blocks import BlockBatches, Blocks, PlainCollator, SentinelCollator
+from patches.compressed_rows import METHODS, Method
+from patches.sentinel.sampler import SpanSampler, max_compression_ratio
+from patches.sentinel.sentinels import Sentinels
+
+DEFAULT_SAMPLER = SpanSampler()
+
+__all__ = ["Blocks", "PlainCollator", "SentinelCollator", "SentinelTextDataModule"]
+
+
+class SentinelTextDataModule(pl.LightningDataModule):
+    """Consecutive blocks of a corpus folder, shuffled every epoch, and those of its validation split in order.
+
+    Batches hold ``input_ids`` [B, S]; for ``sentinel`` also ``kind`` and ``span``; for ``scattered`` ``keep``; in
+    training ``num_step_targets``.
+
+    Args:
+        path: corpus folder (``python -m preprocess.tokenize`` makes one from text, JSON lines or parquet).
+        sentinels: ids to insert; only ``sentinel`` needs them.
+        method: as the module has it.
+        sampler: chooses the spans; its ratio is also that of ``scattered``.
+        context_length: original tokens of a block, T.
+        batch_size: blocks of a micro-batch on one rank.
+        max_steps: optimiser steps of the whole run.
+        accumulate_grad_batches: micro-batches of an optimiser step, as the trainer has it.
+        seed: of order and spans.
+        resample: draw new spans every epoch.
+        max_eval_blocks: validate on the first so many blocks.
+        train_split: folder of the training corpus.
+        validation_split: folder of the validation corpus.
+        num_workers: loader processes.
+        pin_memory: page-lock batches for copies to a GPU.
+
+    Raises:
+        ValueError: a number is too small, sentinels are missing, or spans cannot reach the ratio.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        sentinels: Sentinels | None = None,
+        method: Method = "sentinel",
+        sampler: SpanSampler = DEFAULT_SAMPLER,
+        context_length: int = 256,
+        batch_size: int = 4,
+        max_steps: int = 1,
+        accumulate_grad_batches: int = 1,
+        seed: int = 0,
+        resample: bool = True,
+        max_eval_blocks: int | None = None,
+        train_split: str = "train",
+        validation_split: str = "validation",
+        num_workers: int = 0,
+        pin_memory: bool = False,
+    ):
+        super().__init__()
+        self.path, self.train_split, self.validation_split = Path(path), train_split, validation_split
+        self.sentinels, self.method, self.sampler = sentinels, method, sampler
+        self.context_length, self.batch_size = context_length, batch_size
+        self.max_steps, self.accumulate, self.seed = max_steps, accumulate_grad_batches, seed
+        self.resample, self.max_eval_blocks = resample, max_eval_blocks
+        self.num_workers, self.pin_memory = num_workers, pin_memory
+        self.start_step = 0
+        self._check_options()
+
+    def _check_options(self) -> None:
+        numbers = {
+            "batch_size": self.batch_size,
+            "max_steps": self.max_steps,
+            "accumulate_grad_batches": self.accumulate,
+        }
+        if self.max_eval_blocks is not None:
+            numbers["max_eval_blocks"] = self.max_eval_blocks
+        for name, value in numbers.items():
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.context_length < 2:
+            raise ValueError(f"context_length must be at least 2 (a token and its target), got {self.context_length}")
+        if self.method not in METHODS:
+            raise ValueError(f"unknown method {self.method!r}, use one of {', '.join(METHODS)}")
+        if self.method != "sentinel":
+            return
+        if self.sentinels is None:
+            raise ValueError("method='sentinel' needs sentinels: pass what add_sentinels returned")
+        SentinelCollator(self.sentinels, self.sampler)
+        options = self.sampler
+        reached = max_compression_ratio(
+            self.context_length,
+            min_length=options.min_length,
+            max_length=options.max_length,
+            slots=self.sentinels.slots,
+            protect_head=options.protect_head,
+            protect_tail=options.protect_tail,
+        )
+        if int(options.compression_ratio * self.context_length + 0.5) > round(reached * self.context_length):
+            raise ValueError(
+                f"compression_ratio={options.compression_ratio} is out of reach: spans of {options.min_length} to "
+                f"{options.max_length} tokens with {self.sentinels.slots} slots in blocks of {self.context_length} "
+                f"remove at most {reached:.4f}; lower it, or raise sampler.max_length"
+            )
+
+    @cached_property
+    def train_corpus(self) -> TokenCorpus:
+        """The training split, opened on first use."""
+        return open_split(self.path, self.train_split)
+
+    @cached_property
+    def validation_corpus(self) -> TokenCorpus:
+        """The validation split, opened on first use."""
+        return open_split(self.path, self.validation_split)
+
+    @cached_property
+    def train_blocks(self) -> Blocks:
+        """The blocks of the training split."""
+        return Blocks(self.train_corpus, self.context_length)
+
+    @cached_property
+    def validation_blocks(self) -> Blocks:
+        """The blocks of the validation split."""
+        return Blocks(self.validation_corpus, self.context_length, max_blocks=self.max_eval_blocks)
+
+    @property
+    def eval_lengths(self) -> list[int]:
+        """Lengths of validation: that of a block."""
+        return [self.context_length]
+
+    @property
+    def tokenizer_path(self) -> str | None:
+        """Tokenizer folder of the corpus, None if it has none."""
+        folder = self.path / "tokenizer"
+        return str(folder) if folder.is_dir() else None
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Original tokens of an optimiser step over all ranks."""
+        return self._share().num_ranks * self.accumulate * self.batch_size * self.context_length
+
+    def validation_protocol(self) -> dict[str, Any]:
+        """What validation numbers depend on besides the weights."""
+        return {
+            "corpus": self.validation_corpus.identity,
+            "split": self.validation_split,
+            "blocks": len(self.validation_blocks),
+            "block_length": self.context_length,
+            "method": self.method,
+            "compression_ratio": self.sampler.compression_ratio,
+            "targets": "every original token of a block but its first, once",
+        }
+
+    def setup(self, stage: str | None = None) -> None:
+        """Open what the stage reads.
+
+        Raises:
+            FileNotFoundError: a split is missing.
+            ValueError: a split is damaged or shorter than a block, the two have different tokenizers, or the trainer
+                accumulates otherwise.
+        """
+        if stage in (None, "fit"):
+            accumulate = self.accumulate if self.trainer is None else self.trainer.accumulate_grad_batches
+            if accumulate != self.accumulate:
+                raise ValueError(
+                    f"the trainer has accumulate_grad_batches={accumulate} and the data {self.accumulate}: "
+                    "give both the same"
+                )
+            _ = self.train_blocks
+            if self.train_corpus.meta.get("tokenizer") != self.validation_corpus.meta.get("tokenizer"):
+                raise ValueError(f"the splits {self.train_split} and {self.validation_split} have different tokenizers")
+        _ = self.validation_blocks
+
+    def train_dataloader(self) -> PlainStateLoader:
+        """All micro-batches of the run as one epoch, from the resumed step on."""
+        plan = SequencePlan(
+            len(self.train_blocks),
+            self.batch_size,
+            accumulate=self.accumulate,
+            seed=self.seed,
+            shuffle=True,
+            share=self._share(),
+            endless=True,
+        )
+        length = self.max_steps * self.accumulate
+        dataset = BlockBatches(self.train_blocks, plan, self.collator(resample=self.resample), length=length)
+        return self._loader(dataset, start=min(self.start_step * self.accumulate, length))
+
+    def val_dataloader(self) -> PlainStateLoader:
+        """The validation blocks in order, each once over all ranks; their spans are always the same."""
+        plan = SequencePlan(len(self.validation_blocks), self.batch_size, share=self._share())
+        return self._loader(BlockBatches(self.validation_blocks, plan, self.collator(resample=False)))
+
+    def collator(self, *, resample: bool) -> SentinelCollator | PlainCollator:
+        """What makes a batch of blocks for the method."""
+        if self.method == "sentinel":
+            assert self.sentinels is not None
+            return SentinelCollator(self.sentinels, self.sampler, seed=self.seed, resample=resample)
+        return PlainCollator(self.method, self.sampler.compression_ratio, seed=self.seed, resample=resample)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Say where the data stands, and which data it is."""
+        return {
+            "step": self.start_step if self.trainer is None else self.trainer.global_step,
+            "identity": self.train_corpus.identity,
+            "seed": self.seed,
+            "context_length": self.context_length,
+            "accumulate_grad_batches": self.accumulate,
+            "blocks_per_step": self._share().num_ranks * self.accumulate * self.batch_size,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Start the next training loader at the stored step.
+
+        Raises:
+            ValueError: the checkpoint was made with other data or another order.
+        """
+        mine = self.state_dict()
+        for name in sorted(mine.keys() - {"step"}):
+            if state_dict[name] != mine[name]:
+                raise ValueError(
+                    f"the checkpoint was trained with another {name}: {state_dict[name]}, now {mine[name]}; "
+                    "resume with the old one or start a new run"
+                )
+        self.start_step = int(state_dict["step"])
+
+    def _share(self) -> Share:
+        if self.trainer is None:
+            return Share()
+        # Strategies that split more than the batch (tensor parallelism) know the data-parallel rank.
+        ranks = getattr(self.trainer.strategy, "distributed_sampler_kwargs", {"rank": 0, "num_replicas": 1})
+        return Share(ranks["rank"], ranks["num_replicas"])
+
+    def _loader(self, dataset: BlockBatches, start: int = 0) -> PlainStateLoader:
+        data: Any = dataset
+        return make_loader(data, start=start, num_workers=self.num_workers, pin_memory=self.pin_memory)
