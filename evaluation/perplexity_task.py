@@ -95,11 +95,12 @@ class PerplexityTask:
         ``predictions.jsonl`` (the sum of each window), ``perplexity_by_length.png``, ``loss_by_position.png``.
         """
         compared = {label: self._compare(label, path) for label, path in self.models.items()}
-        described, results = {}, []
+        described, results, protocol = {}, [], self._protocol()
         for label, path in self.models.items():
             described[label] = {"path": path, "identity": _identity(path)}
-            results += self._run_model(label, path, described[label]["identity"], output / "results")
-        protocol = self._protocol() | {"tokenizers": compared}
+            request = protocol | {"model": described[label]["identity"]}
+            results += self._run_model(label, path, request, output / "results")
+        protocol |= {"tokenizers": compared}
         return _publish({"task": "perplexity", "protocol": protocol, "models": described, "results": results}, output)
 
     def _compare(self, label: str, path: str) -> str:
@@ -109,12 +110,12 @@ class PerplexityTask:
         except ValueError as error:
             raise ValueError(f"model {label}: {error}") from error
 
-    def _run_model(self, label: str, path: str, identity: str, folder: Path) -> list[dict[str, Any]]:
+    def _run_model(self, label: str, path: str, request: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
         """Return the results of a model, from files where they exist; it is loaded only if one is missing."""
         results, model = [], None
         for length in self.lengths:
-            request = self._protocol() | {"model": identity, "length": length}
-            file = folder / f"{re.sub(r'[^A-Za-z0-9._+-]+', '_', label)}-{length}-{digest(request)[:12]}.json"
+            key = digest(request | {"length": length})[:12]
+            file = folder / f"{re.sub(r'[^A-Za-z0-9._+-]+', '_', label)}-{length}-{key}.json"
             if file.is_file():
                 result = read_json(file)
             else:

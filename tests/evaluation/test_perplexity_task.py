@@ -13,6 +13,12 @@ from evaluation.perplexity_task import PerplexityTask
 from preprocess.index import CorpusWriter
 
 
+@pytest.fixture(autouse=True)
+def fixed_commit(monkeypatch):
+    """Numbers of another commit are computed anew, and somebody may commit while these tests run."""
+    monkeypatch.setattr(perplexity_task, "git_commit", lambda: "a commit")
+
+
 @pytest.fixture
 def folders(tmp_path, llama, stream):
     """Two model folders and a corpus folder with one split."""
