@@ -4,19 +4,21 @@ Legend: N targets, M model width, V vocabulary.
 """
 
 import math
+from importlib.util import find_spec
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from kernels.linear_cross_entropy.chunked import Options
-from kernels.linear_cross_entropy.operator import TokenNLL
+from kernels.linear_cross_entropy.chunked import IGNORED, Options
+from kernels.linear_cross_entropy.operator import TokenNLL, token_nll_operator
 from kernels.linear_cross_entropy.reference import token_nll_reference
 
 __all__ = ["token_nll"]
 
-Implementation = Literal["auto", "reference", "chunked"]
-IMPLEMENTATIONS = ("auto", "reference", "chunked")
+Implementation = Literal["auto", "triton", "reference", "chunked"]
+IMPLEMENTATIONS = ("auto", "triton", "reference", "chunked")
+HAS_TRITON = find_spec("triton") is not None
 # Bytes of one chunk of float32 logits.
 CHUNK_BYTES = {"cpu": 2**24, "cuda": 2**28}
 
@@ -44,20 +46,21 @@ def token_nll(
         hidden: ``[N, M]`` float32, bfloat16, float16 or float64.
         weight: ``[V, M]`` in the dtype of ``hidden``.
         targets: ``[N]`` int64 in ``[0, V)`` or `ignore_index`.
-        bias: ``[V]``.
+        bias: ``[V]``, added as it is, in any float dtype.
         ignore_index: target whose rows give exactly 0.
         chunk_size: rows whose logits may be alive at once, at least 1; None = as many as fill 16 MiB on a CPU and 256
             MiB on a GPU, a power of two and at least 16. Changes results only by rounding.
         softcap: c > 0, or None.
-        implementation: "chunked" (plain PyTorch, any device), "reference" (dense logits, for tests) or "auto"
-            (chunked).
+        implementation: "chunked" (plain PyTorch, any device), "triton" (the same with fused kernels; CUDA tensors, or
+            CPU tensors in Triton's interpreter), "reference" (dense logits, for tests) or "auto" (triton for CUDA
+            tensors, else chunked).
 
     Returns:
         ``[N]`` float32 (float64 for float64 inputs).
 
     Raises:
-        ValueError: on an unknown implementation, shapes or dtypes that do not fit, a chunk_size or softcap that is not
-            positive, or (CPU tensors) a target out of range.
+        ValueError: on an unknown or unavailable implementation, shapes or dtypes that do not fit, a chunk_size or
+            softcap that is not positive, or (CPU tensors) a target out of range; on a GPU its loss is NaN.
     """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"unknown implementation {implementation!r}, use one of {', '.join(IMPLEMENTATIONS)}")
@@ -75,9 +78,33 @@ def token_nll(
             return token_nll_reference(
                 hidden.to(dtype), weight.to(dtype), targets, bias=bias, ignore_index=ignore_index, softcap=softcap
             )
-        options = Options(ignore_index, chunk_size, softcap, dtype)
-        nll: Tensor = TokenNLL.apply(hidden, weight, bias, targets, options)
-        return nll
+        keep_rows, fused = _only_hidden(hidden, weight, bias), _use_triton(implementation, hidden, dtype)
+        targets = torch.where(targets == ignore_index, IGNORED, targets)
+        if torch.compiler.is_compiling():
+            arguments = chunk_size, softcap, dtype, keep_rows, fused
+            return token_nll_operator(hidden, weight, bias, targets, *arguments)[0]
+        options = Options(chunk_size, softcap, dtype, keep_rows, fused)
+        return TokenNLL.apply(hidden, weight, bias, targets, options)
+
+
+def _use_triton(implementation: str, hidden: Tensor, dtype: torch.dtype) -> bool:
+    if implementation == "auto":
+        return hidden.is_cuda and dtype != torch.float64 and HAS_TRITON
+    if implementation != "triton":
+        return False
+    if not HAS_TRITON:
+        raise ValueError("the triton implementation needs pip install triton; use implementation='chunked'")
+    from kernels.linear_cross_entropy.triton import problem  # triton is optional and slow to import
+
+    if reason := problem(hidden, dtype):
+        raise ValueError(f"the triton implementation {reason}; use implementation='chunked'")
+    return True
+
+
+def _only_hidden(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Say whether hidden alone is differentiated: then one sweep gives its gradient up to the upstream factors."""
+    frozen = not weight.requires_grad and (bias is None or not bias.requires_grad)
+    return torch.is_grad_enabled() and hidden.requires_grad and frozen
 
 
 def default_chunk_size(vocabulary: int, device: torch.device) -> int:

@@ -1,41 +1,64 @@
-"""Per-token loss of a language-model head, tile by tile, forward and backward; plain PyTorch on any device.
+"""Per-token loss of a language-model head, tile by tile, forward and backward; any device, no compiler.
 
-Notable: a tile is a block of vocabulary entries times a block of rows, transposed, ``[U, S]``. The forward keeps a
-running log-sum-exp of every row; the backward recomputes the logits of a tile from it. The vocabulary is the
-outer loop, so the weight gradient of a stripe is complete, and rounded once, before the next stripe begins. Tiles come
-in a fixed order: two runs give identical bits.
+Notable: a tile is a block of vocabulary entries (a stripe) times a block of rows. The forward keeps a running
+log-sum-exp of every row; the backward recomputes the logits of a tile from it. The vocabulary is the outer loop, so the
+weight gradient of a stripe is complete, and rounded once, before the next stripe begins. Tiles come in a fixed order:
+two runs give identical bits.
 
 Legend: N targets, n active rows, M model width, V vocabulary, S rows of a tile, U vocabulary entries of a tile.
 """
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from kernels.linear_cross_entropy.products import operand_dtype, product
+from kernels.linear_cross_entropy import tiles
+from kernels.linear_cross_entropy.gradients import Gradients
+from kernels.linear_cross_entropy.products import add_product, operand_dtype, transposed
+from kernels.linear_cross_entropy.tiles import Running, Tile
 
-LOG2E = math.log2(math.e)  # PyTorch's exp2 is three times faster than its exp on a CPU
-# Logits of a tile: 4 MB of float32 on a CPU (third level cache), 128 MB on a GPU (large products).
-TILE = {"cpu": 2**20, "cuda": 2**25}
+IGNORED = -1
+# Logits of a tile (8 MB of float32 on a CPU, 128 MB on a GPU) and the entries of a stripe when there are many rows.
+TILE = {"cpu": 2**21, "cuda": 2**25}
+STRIPE = {"cpu": 512, "cuda": 4096}
+Tensors = tuple[Tensor, Tensor, Tensor | None]
+"""hidden ``[N, M]``, weight ``[V, M]``, bias ``[V]``."""
 
 
 @dataclass(frozen=True)
 class Options:
     """What forward and backward need beside the tensors."""
 
-    ignore_index: int
     chunk_size: int
     softcap: float | None
     dtype: torch.dtype
     """To which hidden and weight are rounded before the product (the autocast dtype)."""
+    keep_rows: bool
+    """Whether the forward also computes the gradient of every row of hidden, up to the factor of its loss."""
+    fused: bool
+    """Whether the tiles are processed by Triton kernels."""
+
+    @property
+    def acc(self) -> torch.dtype:
+        """Dtype of logits, losses and sums."""
+        return torch.promote_types(self.dtype, torch.float32)
+
+    @property
+    def steps(self) -> ModuleType:
+        """Module that processes a tile."""
+        if not self.fused:
+            return tiles
+        from kernels.linear_cross_entropy import triton  # optional and slow to import
+
+        return triton
 
 
 @dataclass(frozen=True)
 class _Sweep:
-    """Active rows and how their logits are formed."""
+    """Active rows, and how they meet the vocabulary."""
 
     hidden: Tensor
     """``[n, M]`` operand of the products."""
@@ -44,136 +67,89 @@ class _Sweep:
     weight: Tensor
     bias: Tensor | None
     options: Options
-    acc: torch.dtype
 
-    def rows(self) -> Iterator[slice]:
-        """Yield blocks of rows."""
-        size = self._sizes()[0]
-        return (slice(start, start + size) for start in range(0, len(self.targets), size))
+    def rows(self) -> list[slice]:
+        """List the blocks of rows."""
+        size, count = self._sizes()[0], len(self.targets)
+        return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
-    def stripes(self) -> Iterator[slice]:
-        """Yield blocks of the vocabulary."""
-        size, vocabulary = self._sizes()[1], self.weight.shape[0]
-        return (slice(start, min(start + size, vocabulary)) for start in range(0, vocabulary, size))
+    def stripes(self) -> list[slice]:
+        """List the blocks of the vocabulary."""
+        size, count = self._sizes()[1], self.weight.shape[0]
+        return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
     def _sizes(self) -> tuple[int, int]:
-        vocabulary, num_rows = self.weight.shape[0], len(self.targets)
-        area = min(self.options.chunk_size * vocabulary, TILE.get(self.hidden.device.type, 2**20))
-        side = 2 ** (area.bit_length() // 2)
-        rows = min(num_rows, max(side, area // vocabulary))
+        device, vocabulary = self.hidden.device.type, self.weight.shape[0]
+        area = min(self.options.chunk_size * vocabulary, TILE.get(device, TILE["cpu"]))
+        rows = min(len(self.targets), max(1, area // STRIPE.get(device, STRIPE["cpu"])))
         return rows, min(vocabulary, max(1, area // rows))
 
+    def tiles(self, stripe: slice) -> Iterator[tuple[slice, Tile]]:
+        """Yield the tiles of a stripe with their rows."""
+        entries = self.weight[stripe].to(self.options.dtype).to(self.hidden.dtype)
+        bias = None if self.bias is None else self.bias[stripe].to(self.options.acc)
+        for rows in self.rows():
+            targets = self.targets[rows] - stripe.start
+            yield rows, Tile(self.hidden[rows], entries, bias, targets, self.options.softcap)
 
-def _sweep(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: Options) -> _Sweep:
+
+def _sweep(tensors: Tensors, targets: Tensor, active: Tensor, options: Options) -> _Sweep:
+    hidden, weight, bias = tensors
+    if len(active) < len(targets):
+        hidden, targets = hidden[active], targets[active]
     operand = operand_dtype(options.dtype, hidden.device)
-    return _Sweep(
-        hidden.to(options.dtype).to(operand),
-        targets,
-        weight,
-        bias,
-        options,
-        torch.promote_types(operand, torch.float32),
-    )
+    return _Sweep(hidden.to(options.dtype).to(operand).contiguous(), targets, weight, bias, options)
 
 
-def _stripe(sweep: _Sweep, stripe: slice) -> Tensor:
-    """Read ``[U, M]`` of the weight as an operand."""
-    return sweep.weight[stripe].to(sweep.options.dtype).to(sweep.hidden.dtype)
-
-
-def _scores(sweep: _Sweep, weight: Tensor, stripe: slice, rows: slice) -> Tensor:
-    """Compute the logits of a tile, ``[U, S]``."""
-    z = product(weight, sweep.hidden[rows])
-    if sweep.bias is not None:
-        z.add_(sweep.bias[stripe, None].to(sweep.acc))
-    if sweep.options.softcap is not None:
-        z.div_(sweep.options.softcap).tanh_().mul_(sweep.options.softcap)
-    return z
-
-
-def _inside(targets: Tensor, stripe: slice) -> tuple[Tensor, Tensor]:
-    """Return (entry of the stripe, row) of the targets that lie in it."""
-    (row,) = ((targets >= stripe.start) & (targets < stripe.stop)).nonzero(as_tuple=True)
-    return targets[row] - stripe.start, row
-
-
-def forward(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: Options
-) -> tuple[Tensor, Tensor]:
-    """Compute losses and log-sum-exps ``[N]``; 0 and 0 at ignored rows."""
-    acc = torch.promote_types(options.dtype, torch.float32)
-    nll, lse = (torch.zeros(targets.shape, dtype=acc, device=hidden.device) for _ in range(2))
-    active = (targets != options.ignore_index).nonzero().squeeze(1)
+def forward(tensors: Tensors, targets: Tensor, options: Options) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute losses and log-sum-exps ``[N]``, 0 at ignored rows, and the rows kept ``[N, M]`` (else empty)."""
+    make = {"dtype": options.acc, "device": targets.device}
+    nll, lse = torch.zeros(targets.shape, **make), torch.zeros(targets.shape, **make)
+    kept = torch.zeros(tensors[0].shape if options.keep_rows else (0,), **make)
+    active = (targets != IGNORED).nonzero().squeeze(1)
     if not len(active):
-        return nll, lse
-    sweep = _sweep(hidden[active], weight, bias, targets[active], options)
-    peak = torch.full(active.shape, float("-inf"), dtype=acc, device=hidden.device)
-    total, chosen = torch.zeros_like(peak), torch.zeros_like(peak)
+        return nll, lse, kept
+    sweep = _sweep(tensors, targets, active, options)
+    # A target that is never met (out of range on a GPU) gives NaN.
+    running = Running(*(torch.full(active.shape, start, **make) for start in (float("-inf"), 0.0, float("nan"))))
+    sums: dict[int, Tensor] = {}
     for stripe in sweep.stripes():
-        entries = _stripe(sweep, stripe)
-        for rows in sweep.rows():
-            z = _scores(sweep, entries, stripe, rows)
-            entry, row = _inside(sweep.targets[rows], stripe)
-            chosen[rows][row] = z[entry, row]
-            new = torch.maximum(peak[rows], z.amax(0))
-            total[rows] = total[rows] * torch.exp(peak[rows] - new) + z.sub_(new).mul_(LOG2E).exp2_().sum(0)
-            peak[rows] = new
-    total.log_()
-    lse[active] = peak + total
-    nll[active] = total + (peak - chosen)  # precise where the target is the peak, however large
-    return nll, lse
+        for rows, tile in sweep.tiles(stripe):
+            before = running.peak[rows].clone()
+            p = options.steps.accumulate(tile, running[rows], options.keep_rows)
+            if p is not None:
+                if rows.start in sums:
+                    sums[rows.start].mul_(torch.exp(before - running.peak[rows]))
+                sums[rows.start] = add_product(sums.get(rows.start), transposed(tile.entries), p.t())
+    log_total = running.total.log()
+    lse[active] = running.peak + log_total
+    nll[active] = log_total + (running.peak - running.chosen)  # precise where the target is the peak, however large
+    for rows in sweep.rows() if options.keep_rows else []:
+        kept[active[rows]] = _kept_rows(sweep, rows, sums.pop(rows.start), running[rows], nll[active[rows]])
+    return nll, lse, kept
+
+
+def _kept_rows(sweep: _Sweep, rows: slice, total: Tensor, running: Running, nll: Tensor) -> Tensor:
+    """Finish ``sum_v (p_v - onehot_v) W_v``; the target's part apart, since ``p - 1`` is only precise as expm1."""
+    part = torch.expm1(-nll)
+    if sweep.options.softcap is not None:
+        part *= 1.0 - (running.chosen / sweep.options.softcap) ** 2
+    chosen = sweep.weight[sweep.targets[rows]].to(sweep.options.dtype).to(sweep.options.acc)
+    return total.div_(running.total).t().addcmul(part[:, None], chosen)
 
 
 def backward(
-    inputs: tuple[Tensor, Tensor, Tensor | None],
-    targets: Tensor,
-    lse: Tensor,
-    grad_nll: Tensor,
-    wanted: tuple[bool, bool, bool],
-    options: Options,
+    tensors: Tensors, targets: Tensor, lse: Tensor, grad_nll: Tensor, wanted: tuple[bool, ...], options: Options
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Compute the wanted gradients of hidden, weight and bias: ``dz = (softmax - onehot) g``, times ``1 - tanh^2``."""
-    hidden, weight, bias = inputs
-    grad_hidden = torch.zeros(hidden.shape, dtype=hidden.dtype, device=hidden.device) if wanted[0] else None
-    active = ((targets != options.ignore_index) & (grad_nll != 0)).nonzero().squeeze(1)
+    """Compute the wanted gradients of hidden, weight and bias."""
+    active = ((targets != IGNORED) & (grad_nll != 0)).nonzero().squeeze(1)
+    gradients = Gradients(tensors, wanted, active, options.dtype)
     if not len(active):
-        grad_weight = torch.zeros_like(weight) if wanted[1] else None
-        return grad_hidden, grad_weight, torch.zeros_like(bias) if bias is not None and wanted[2] else None
-    sweep = _sweep(hidden[active], weight, bias, targets[active], options)
-    grad_weight = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device) if wanted[1] else None
-    grad_bias = torch.empty_like(bias) if bias is not None and wanted[2] else None
-    upstream, lse = grad_nll[active].to(sweep.acc), lse[active]
-    sum_hidden = torch.zeros(weight.shape[1], len(active), dtype=sweep.acc, device=hidden.device)
+        return gradients.results()
+    sweep = _sweep(tensors, targets, active, options)
+    upstream, lse = gradients.scale(grad_nll[active].to(options.acc), sweep.hidden.dtype), lse[active]
     for stripe in sweep.stripes():
-        entries = _stripe(sweep, stripe)
-        sum_weight = torch.zeros(entries.shape, dtype=sweep.acc, device=hidden.device)
-        sum_bias = torch.zeros(len(entries), dtype=sweep.acc, device=hidden.device)
-        transposed = entries.t().contiguous()
-        for rows in sweep.rows():
-            dz = _grad_scores(sweep, entries, stripe, rows, lse, upstream)
-            operand = dz.to(sweep.hidden.dtype)
-            if wanted[0]:
-                sum_hidden[:, rows] += product(transposed, operand.t())
-            if wanted[1]:
-                sum_weight += product(operand, sweep.hidden[rows].t())
-            if wanted[2]:
-                sum_bias += dz.sum(1)
-        if grad_weight is not None:
-            grad_weight[stripe] = sum_weight
-        if grad_bias is not None:
-            grad_bias[stripe] = sum_bias
-    if grad_hidden is not None:
-        grad_hidden[active] = sum_hidden.t().to(grad_hidden.dtype)
-    return grad_hidden, grad_weight, grad_bias
-
-
-def _grad_scores(sweep: _Sweep, weight: Tensor, stripe: slice, rows: slice, lse: Tensor, upstream: Tensor) -> Tensor:
-    z = _scores(sweep, weight, stripe, rows)
-    slope = None
-    if sweep.options.softcap is not None:
-        slope = (z / sweep.options.softcap).square_().neg_().add_(1.0)
-    z.sub_(lse[rows]).mul_(LOG2E).exp2_()
-    entry, row = _inside(sweep.targets[rows], stripe)
-    z[entry, row] -= 1.0
-    z.mul_(upstream[rows])
-    return z if slope is None else z.mul_(slope)
+        for rows, tile in sweep.tiles(stripe):
+            gradients.add(tile, rows, options.steps.differentiate(tile, lse[rows], upstream[rows]))
+        gradients.finish(stripe)
+    return gradients.results()
