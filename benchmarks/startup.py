@@ -52,7 +52,7 @@ def first_step() -> Iterator[Row]:
 
 def _first_step_seconds(folder: Path) -> float:
     """Start a run that prepares its corpus, stop it when the first step is logged; return its CPU time."""
-    options = [f"output={folder}/run", f"data.path={folder}/data", "trainer.log_every_n_steps=1"]
+    options = [f"output={folder}/run", f"prepare.source_path={folder}/data", "trainer.log_every_n_steps=1"]
     command = [sys.executable, "train.py", "recipe=quickstart", "scale=tiny", *options]
     log = folder / "run" / "train.jsonl"
     before = _children_seconds()
