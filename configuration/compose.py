@@ -106,7 +106,7 @@ def compose(arguments: Sequence[str], *, command: str, default_recipe: str | Non
     if problems:
         raise ConfigError(problems)
     lines = [o.input_line or "" for o in chosen]
-    if command == "train":
+    if command == "train" or _declared(recipe, "sizes", ""):
         lines = _scale_last(recipe, lines)
     skeleton = OmegaConf.to_container(_hydra(recipe, lines), resolve=False)
     assert isinstance(skeleton, dict)

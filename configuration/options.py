@@ -70,6 +70,15 @@ class TaskOptions:
         prompt_file: file with the text to continue (generate).
         checkpoint: run folder or checkpoint file (export).
         dry_run: check everything, run nothing.
+        scale: chosen size, where the recipe declares ``sizes`` (a task that trains).
+        sizes: whose sizes a scale chooses, a folder of ``recipes/sizes``.
+        seed: of what a task trains.
+        vocabulary: number of token ids and the special ones (a task that trains).
+        prepare: target that makes the corpus (a task that trains).
+        module: Lightning module, but what the task varies (a task that trains).
+        trainer: ``lightning.pytorch.Trainer`` options (a task that trains).
+        sweep: what a sweep varies.
+        output_dir: folder for results, as ``output``, of a sweep.
     """
 
     recipe: str
@@ -83,3 +92,12 @@ class TaskOptions:
     prompt_file: str | None = None
     checkpoint: str | None = None
     dry_run: bool = False
+    scale: str = "full"
+    sizes: str = ""
+    seed: int = 0
+    vocabulary: dict[str, Any] = field(default_factory=dict)
+    prepare: dict[str, Any] | None = None
+    module: dict[str, Any] = field(default_factory=dict)
+    trainer: dict[str, Any] = field(default_factory=dict)
+    sweep: dict[str, Any] = field(default_factory=dict)
+    output_dir: str | None = None

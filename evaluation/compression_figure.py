@@ -1,0 +1,58 @@
+"""Figure of a sweep: perplexity against the ratio that was achieved, one curve per method."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from evaluation.figures import COLOURS, MARKERS
+
+
+def compression_curves(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[float, float, float]]]:
+    """Return (achieved ratio, perplexity, nominal ratio) by method, means over seeds; dense starts every curve."""
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    curves = {}
+    for method in [name for name in methods if name != "dense"] or methods:
+        mine = [row for row in rows if row["method"] in (method, "dense")]
+        points = []
+        for ratio in sorted({row["nominal_ratio"] for row in mine}):
+            cells = [row for row in mine if row["nominal_ratio"] == ratio]
+            means = [sum(row[key] for row in cells) / len(cells) for key in ("achieved_ratio", "perplexity")]
+            points.append((means[0], means[1], ratio))
+        curves[method] = points
+    return curves
+
+
+def save_compression_figure(
+    rows: Sequence[Mapping[str, Any]], folder: Path, *, reference: Mapping[str, Sequence[Sequence[float]]]
+) -> None:
+    """Save ``figure.png`` and ``figure.svg``.
+
+    Args:
+        rows: cells, each with ``method``, ``nominal_ratio``, ``achieved_ratio`` and ``perplexity``.
+        folder: where to.
+        reference: further curves by label, pairs of ratio and perplexity, dashed.
+    """
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for index, (method, points) in enumerate(compression_curves(rows).items()):
+        look = {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)], "markersize": 5}
+        axes.plot([p[0] for p in points], [p[1] for p in points], label=method, **look)
+        for achieved, value, nominal in points:
+            if abs(achieved - nominal) > 0.005:
+                axes.annotate(f"nominal {nominal}", (achieved, value), fontsize="x-small")
+    for index, (label, pairs) in enumerate(reference.items()):
+        look = {"color": COLOURS[index % len(COLOURS)], "linestyle": "--", "linewidth": 1}
+        axes.plot([pair[0] for pair in pairs], [pair[1] for pair in pairs], label=label, **look)
+    axes.set_yscale("log")
+    axes.set_xlabel("cache entries removed (achieved fraction)")
+    axes.set_ylabel("perplexity per original token")
+    axes.set_title("Same targets for all methods and ratios", loc="left", fontsize="medium")
+    axes.legend(frameon=False)
+    for ending in ("png", "svg"):
+        figure.savefig(folder / f"figure.{ending}", dpi=150)

@@ -1,0 +1,163 @@
+"""Compression methods over ratios: every cell trained alike, scored on the same targets, plotted at its true ratio.
+
+Notable: a finished cell is one file, so an interrupted sweep continues; cells of other options are refused, not mixed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from evaluation.compression_figure import save_compression_figure
+from evaluation.compression_perplexity import Sampler, compression_of, perplexity
+from evaluation.results import csv_text, digest, read_json, text_table, write_json, write_text
+from patches.compressed_rows import METHODS, Method
+from patches.sentinel.sentinels import Sentinels
+
+COLUMNS = (
+    "method",
+    "nominal_ratio",
+    "achieved_ratio",
+    "visible_fraction",
+    "seed",
+    "perplexity",
+    "nll_sum",
+    "num_targets",
+    "perplexity_in_span",
+    "perplexity_after_span",
+    "cache_bytes_per_token",
+    "seconds",
+)
+SHOWN = tuple(column for column in COLUMNS if column not in ("nll_sum", "visible_fraction"))
+RATIOS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+
+
+class Cells(Protocol):
+    """What trains cells; `lightning_modules.sentinel_cells.CellTrainer` does."""
+
+    sentinels: Sentinels
+    num_sinks: int
+
+    def blocks(self) -> Sequence[Tensor]:
+        """Blocks to score."""
+
+    def sampler(self, compression_ratio: float) -> Sampler:
+        """What chooses spans at a ratio."""
+
+    def identity(self) -> dict[str, Any]:
+        """Plain values that all numbers depend on."""
+
+    def train(self, method: Method, compression_ratio: float, seed: int) -> Any:
+        """Train a cell; return its model."""
+
+
+class CompressionSweep:
+    """Train and score methods at ratios.
+
+    Args:
+        cells: what trains them.
+        ratios: fractions removed; 0 is one dense cell for all methods.
+        methods: methods to compare.
+        seeds: of training and spans; one cell each.
+        batch_size: blocks of a forward in scoring.
+        reference: published perplexities by label, pairs of true ratio and perplexity, drawn beside ours.
+
+    Raises:
+        ValueError: a ratio outside [0, 1), an unknown method, or nothing to do.
+    """
+
+    def __init__(
+        self,
+        cells: Cells,
+        *,
+        ratios: Sequence[float] = RATIOS,
+        methods: Sequence[str] = ("sentinel", "local", "scattered", "streaming"),
+        seeds: Sequence[int] = (0,),
+        batch_size: int = 8,
+        reference: Mapping[str, Sequence[Sequence[float]]] | None = None,
+    ):
+        if not (ratios and methods and seeds):
+            raise ValueError("ratios, methods and seeds need at least one entry each")
+        for name, values in (("ratios", ratios), ("methods", methods), ("seeds", seeds)):
+            if len(set(values)) != len(values):
+                raise ValueError(f"{name} must differ from each other, got {list(values)}")
+        if not all(0 <= ratio < 1 for ratio in ratios):
+            raise ValueError(f"ratios are fractions removed, in [0, 1), got {list(ratios)}")
+        unknown = [method for method in methods if method not in METHODS]
+        if unknown or "dense" in methods:
+            raise ValueError(f"methods are of {', '.join(METHODS[:-1])}, got {list(methods)}; dense is ratio 0")
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        self.cells, self.ratios, self.methods = cells, sorted(ratios), list(methods)
+        self.seeds, self.batch_size, self.reference = list(seeds), batch_size, dict(reference or {})
+
+    def run(self, output: Path) -> dict[str, Any]:
+        """Compute what is missing in ``output``; write table and figure; return the rows and the table.
+
+        Files: ``cells/<method>_<ratio>_<seed>.json``, ``metrics.json``, ``table.csv``, ``table.md``, ``figure.png``,
+        ``figure.svg``.
+
+        Raises:
+            ValueError: the folder holds cells of other options, or a ratio leaves a method nothing to see.
+        """
+        identity, blocks = self.cells.identity(), self.cells.blocks()
+        plan = self.plan()
+        for method, ratio, _ in plan:
+            compression_of(method, ratio, len(blocks[0]), num_sinks=self.cells.num_sinks)
+        rows = [self._cell(output / "cells", cell, identity, blocks) for cell in plan]
+        metrics = {"task": "compression_sweep", "protocol": identity, "results": rows}
+        write_json(output / "metrics.json", metrics)
+        write_text(output / "table.csv", csv_text(rows, COLUMNS))
+        write_text(output / "table.md", markdown_table(rows, SHOWN))
+        save_compression_figure(rows, output, reference=self.reference)
+        return metrics | {"table": text_table(rows, SHOWN)}
+
+    def plan(self) -> list[tuple[Method, float, int]]:
+        """Return the cells, ratio by ratio."""
+        cells: list[tuple[Any, float, int]] = []
+        for seed in self.seeds:
+            for ratio in self.ratios:
+                cells += [(method, ratio, seed) for method in self.methods] if ratio else [("dense", 0.0, seed)]
+        return cells
+
+    def _cell(
+        self, folder: Path, cell: tuple[Method, float, int], identity: dict[str, Any], blocks: Sequence[Tensor]
+    ) -> dict[str, Any]:
+        method, ratio, seed = cell
+        file, request = folder / f"{method}_{ratio}_{seed}.json", digest(identity)
+        if file.is_file():
+            row = read_json(file)
+            if row.get("request") != request:
+                raise ValueError(f"{file} was made with other options, model or text: pass another output folder")
+            return row
+        start = time.perf_counter()
+        model = self.cells.train(method, ratio, seed)
+        report = perplexity(
+            model,
+            blocks,
+            method=method,
+            compression_ratio=ratio,
+            sentinels=self.cells.sentinels,
+            sampler=self.cells.sampler(ratio),
+            seed=seed,
+            batch_size=self.batch_size,
+            num_sinks=self.cells.num_sinks,
+        )
+        row = {"method": method, "nominal_ratio": ratio, "seed": seed} | report
+        row |= {"seconds": time.perf_counter() - start, "request": request, "torch": torch.__version__}
+        write_json(file, row)
+        return row
+
+
+def markdown_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
+    """Return rows as a Markdown table, four decimals."""
+    lines = [columns, ["---"] * len(columns)]
+    for row in rows:
+        values = (row.get(column) for column in columns)
+        lines.append(["" if v is None else f"{v:.4f}" if isinstance(v, float) else str(v) for v in values])
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
