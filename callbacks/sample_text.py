@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ class SampleText(pl.Callback):
                 f"max_new_tokens and every_n_validations must be at least 1, got {max_new_tokens} "
                 f"and {every_n_validations}"
             )
-        if temperature < 0:
+        if not 0 <= temperature < math.inf:
             raise ValueError(f"temperature must be 0 (likeliest token) or above, got {temperature}")
         self.prompts, self.tokenizer_path = list(prompts), tokenizer
         self.max_new_tokens, self.temperature, self.seed = max_new_tokens, temperature, seed
@@ -63,6 +64,8 @@ class SampleText(pl.Callback):
         if not Path(path).is_dir():
             raise FileNotFoundError(f"no tokenizer folder {path}")
         self._tokenizer = AutoTokenizer.from_pretrained(path)
+        if self._tokenizer.eos_token_id is None:
+            raise ValueError(f"the tokenizer in {path} has no end-of-text token, which texts begin and end with")
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Generate and write."""

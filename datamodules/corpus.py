@@ -180,8 +180,10 @@ class TokenCorpus:
         # Python ints would turn the whole uint64 map into float64.
         first = int(np.searchsorted(offsets, np.uint64(start), side="right")) - 1
         last = int(np.searchsorted(offsets, np.uint64(stop), side="left"))
-        bounds = offsets[first : last + 1].astype(np.int64).clip(start, stop)
-        return np.repeat(np.arange(first, last, dtype=np.int64), np.diff(bounds))
+        lengths = np.diff(offsets[first : last + 1].astype(np.int64).clip(start, stop))
+        if first < 0 or len(lengths) != last - first or (lengths < 0).any():
+            raise ValueError(f"{self.path / DOCUMENTS_FILE} is damaged: see python -m preprocess.verify")
+        return np.repeat(np.arange(first, last, dtype=np.int64), lengths)
 
     def document(self, index: int) -> Int64Array:
         """Return all tokens of a document as int64.

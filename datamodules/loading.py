@@ -123,6 +123,8 @@ def read_windows(corpus: TokenCorpus, starts: list[int], *, length: int, with_do
     tokens = np.empty((len(starts), length), np.int64)
     for row, start in zip(tokens, starts, strict=True):
         corpus.read_into(row, start)
+    if int(tokens.max(initial=0)) >= corpus.vocab_size:
+        raise ValueError(f"{corpus.path} is damaged, it holds token id {tokens.max()}: see python -m preprocess.verify")
     input_ids, window_starts = torch.from_numpy(tokens), torch.tensor(starts, dtype=torch.int64)
     batch = TokenBatch(
         input_ids=input_ids, labels=input_ids.clone(), sample_index=window_starts, window_start=window_starts

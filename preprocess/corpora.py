@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from datamodules.corpus_format import digest
+from datamodules.corpus_format import META_FILE, digest
 from preprocess.documents import ReadOptions
 from preprocess.job import Work, corpus_metas, tokenize, work_identity
 from preprocess.progress import TokenizeProgress
@@ -49,6 +49,8 @@ def ensure_corpus(
         raise ValueError("no path is named: give a corpus folder or text")
     path = Path(path)
     is_there = path.exists()
+    if (path / META_FILE).is_file():
+        raise ValueError(f"{path} is one split of a corpus: name the folder that it lies in")
     if _holds_corpus(path):
         return str(path)
     if source_path is not None and path != Path(source_path):

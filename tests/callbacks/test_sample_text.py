@@ -77,6 +77,7 @@ def test_every_nth_validation_and_tensorboard(fit, tokenizer, tmp_path):
         ({"prompts": ["a"], "max_new_tokens": 0}, "at least 1"),
         ({"prompts": ["a"], "every_n_validations": 0}, "at least 1"),
         ({"prompts": ["a"], "temperature": -1.0}, "temperature must be"),
+        ({"prompts": ["a"], "temperature": float("nan")}, "temperature must be"),
     ],
 )
 def test_bad_options_are_explained(options, sentence):
@@ -89,3 +90,9 @@ def test_a_missing_tokenizer_is_reported_before_training(fit, tmp_path):
         fit(SampleText(["a"]))
     with pytest.raises(FileNotFoundError, match="no tokenizer folder"):
         fit(SampleText(["a"], tokenizer=str(tmp_path / "none")))
+
+
+def test_a_tokenizer_without_an_end_of_text_is_refused(fit, tmp_path):
+    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, "a"))).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="has no end-of-text token"):
+        fit(SampleText(["a"], tokenizer=str(tmp_path)))

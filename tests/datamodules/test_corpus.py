@@ -133,6 +133,15 @@ def test_changed_or_missing_meta_is_refused(tmp_path):
         TokenCorpus(tmp_path)
 
 
+@pytest.mark.parametrize("offsets", [[0, 54, 3, 6, 8], [54, 8, 6, 4, 0], [9, 10, 11, 12, 13]])
+def test_offsets_that_cut_no_documents_are_refused(tmp_path, offsets):
+    corpus = write(tmp_path / "corpus")
+    np.array(offsets, "<u8").tofile(tmp_path / "corpus/documents.bin")
+    with pytest.raises(ValueError, match=r"documents\.bin is damaged"):
+        for start in range(len(corpus)):
+            corpus.document_ids(start, len(corpus))
+
+
 def test_an_empty_corpus_can_be_read(tmp_path):
     corpus = write(tmp_path / "corpus", documents=[])
     assert len(corpus) == corpus.num_documents == len(corpus.read(0, 0)) == len(corpus.document_ids(0, 0)) == 0

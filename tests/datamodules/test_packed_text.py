@@ -216,6 +216,15 @@ def test_impossible_options_are_refused(corpus_folder, options, message):
         make(corpus_folder, **options)
 
 
+def test_tokens_outside_the_vocabulary_are_reported_and_not_trained_on(tmp_path):
+    for split in ("train", "validation"):
+        write_split(tmp_path / split, 20, 0)
+    module = make(tmp_path)
+    np.full(len(module.train_corpus), VOCABULARY, "<u2").tofile(tmp_path / "train/tokens.bin")
+    with pytest.raises(ValueError, match=f"train is damaged, it holds token id {VOCABULARY}"):
+        next(iter(module.train_dataloader()))
+
+
 def test_validation_alone_needs_no_training_split(corpus_folder, tmp_path):
     write_split(tmp_path / "test", 20, 1)
     module = PackedTextDataModule(tmp_path, context_length=32, batch_size=2, max_steps=1, validation_split="test")

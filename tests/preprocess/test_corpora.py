@@ -111,6 +111,9 @@ def test_raw_text_goes_into_the_cache_once(raw, tmp_path):
 def test_what_cannot_be_made_is_refused(raw, tmp_path):
     with pytest.raises(FileNotFoundError, match="no corpus and no text at"):
         ensure_corpus(tmp_path / "nothing")
+    ensure_corpus(tmp_path / "corpus", source=str(raw), tokenizer="bytes")
+    with pytest.raises(ValueError, match="corpus/train is one split of a corpus"):
+        ensure_corpus(tmp_path / "corpus/train", tokenizer="bytes")
     with pytest.raises(ValueError, match="no path is named"):
         ensure_corpus("", tokenizer="bytes")  # not the working directory
     with pytest.raises(ValueError, match="name a tokenizer"):
