@@ -61,7 +61,7 @@ def _dense_step(module: TokenWeightedLM, batch: Mapping[str, Tensor]) -> dict[st
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
-@case("T7", group="training")
+@case("T7", group="token_weighting")
 def scored_steps() -> Iterator[Row]:
     plain, scored, frozen = _module("ce"), _module("dense"), _module("dense", "frozen")
     short = _batch(scored, 2048)
