@@ -41,7 +41,11 @@ def save_compression_figure(
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for index, (method, points) in enumerate(compression_curves(rows).items()):
-        look = {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)], "markersize": 5}
+        look: dict[str, Any] = {
+            "color": COLOURS[index % len(COLOURS)],
+            "marker": MARKERS[index % len(MARKERS)],
+            "markersize": 5,
+        }
         axes.plot([p[0] for p in points], [p[1] for p in points], label=method, **look)
         for achieved, value, nominal in points:
             if abs(achieved - nominal) > 0.005:
