@@ -50,7 +50,7 @@ def draw_perplexity_by_length(axes: Axes, results: Mapping[str, Reports]) -> Non
     values = [float(report["perplexity"]) for reports in results.values() for report in reports.values()]
     for i, (label, reports) in enumerate(results.items()):
         points = sorted((length, float(report["perplexity"])) for length, report in reports.items())
-        axes.plot(*zip(*points, strict=True), label=label, **_look(i, markersize=6))
+        axes.plot(*zip(*points, strict=True), label=plain_label(label), **_look(i, markersize=6))
     axes.set_xscale("log", base=2)
     axes.set_xticks(lengths, [length_name(length) for length in lengths])
     axes.minorticks_off()
@@ -70,7 +70,7 @@ def draw_loss_by_position(axes: Axes, results: Mapping[str, Reports]) -> None:
         longest = max(longest, length)
         x, y = position_curve(reports[length])
         name = label if len({max(r) for r in results.values()}) == 1 else f"{label} ({length_name(length)})"
-        axes.plot(x, y, label=name, **_look(i, markersize=3.5))
+        axes.plot(x, y, label=plain_label(name), **_look(i, markersize=3.5))
     ticks = [2**power for power in range(longest.bit_length() + 1) if 2**power <= longest]
     axes.set_xscale("log", base=2)
     axes.set_xticks(ticks[:: 1 + len(ticks) // 9], [length_name(tick) for tick in ticks[:: 1 + len(ticks) // 9]])
@@ -90,6 +90,12 @@ def position_curve(report: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
     middle = np.sqrt((edges[:-1] + 1) * edges[1:])
     filled = counts > 0
     return middle[filled], sums[filled] / counts[filled]
+
+
+def plain_label(label: str) -> str:
+    """Return a legend entry that reads as ``label``: no formula between dollars, not hidden by a first underscore."""
+    label = label.replace("$", r"\$")
+    return f" {label}" if label.startswith("_") else label
 
 
 def length_name(length: int) -> str:

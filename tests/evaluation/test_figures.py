@@ -65,3 +65,12 @@ def test_files_are_written_without_touching_global_state(tmp_path, save):
 @pytest.mark.parametrize(("length", "name"), [(512, "512"), (1024, "1K"), (1500, "1500"), (16384, "16K")])
 def test_length_names(length, name):
     assert length_name(length) == name
+
+
+@pytest.mark.parametrize("label", ["a $\\frac$ b", "_run"])
+def test_any_label_is_shown_as_it_is(label, tmp_path):
+    results = {label: RESULTS["drt"]}
+    save_comparison(results, tmp_path / "figure.png")
+    axes = Figure().add_subplot()
+    draw_loss_by_position(axes, results)
+    assert [text.get_text().replace("\\$", "$").strip() for text in axes.get_legend().get_texts()] == [label]
