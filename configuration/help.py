@@ -17,7 +17,9 @@ def help_text(command: str) -> str:
     names = recipe_names(command)
     width = max(len(name) for name in names)
     recipes = "\n".join(f"  {name:<{width}}  {recipe_purpose(name)}" for name in names)
-    groups = "\n".join(f"  {group}={'|'.join(choices)}" for group, choices in group_choices().items())
+    # A scale chooses the sizes.
+    chosen = {group: choices for group, choices in group_choices().items() if group != "sizes"}
+    groups = "\n".join(f"  {group}={'|'.join(choices)}" for group, choices in chosen.items())
     options = {
         "train": "  output=FOLDER  resume=auto|PATH|false  dry_run=true  seed=N  trainer.max_steps=N  data.path=FOLDER",
         "eval": "  model.path=FOLDER  data.path=FOLDER  output=FOLDER  dry_run=true",
