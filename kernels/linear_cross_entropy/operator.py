@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.linear_cross_entropy.chunked import Options, backward, forward
+from kernels.linear_cross_entropy.chunked import IGNORED, Options, backward, forward
 
 
 class TokenNLL(torch.autograd.Function):
@@ -26,7 +26,7 @@ class TokenNLL(torch.autograd.Function):
         """Return ``[N]``."""
         nll, lse, kept = forward((hidden, weight, bias), targets, options)
         if options.keep_rows:
-            ctx.save_for_backward(kept)
+            ctx.save_for_backward(kept, targets)
         else:
             ctx.save_for_backward(hidden, weight, bias, targets, lse)
         ctx.dtype, ctx.options = hidden.dtype, options
@@ -37,16 +37,18 @@ class TokenNLL(torch.autograd.Function):
     def backward(ctx: Any, grad_nll: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of hidden, weight and bias."""
         if ctx.options.keep_rows:
-            return _scale_rows(ctx.saved_tensors[0], grad_nll).to(ctx.dtype), None, None, None, None
+            kept, targets = ctx.saved_tensors
+            return _scale_rows(kept, targets, grad_nll).to(ctx.dtype), None, None, None, None
         *tensors, targets, lse = ctx.saved_tensors
         with torch.autocast(grad_nll.device.type, enabled=False):
             grads = backward(tuple(tensors), targets, lse, grad_nll, ctx.needs_input_grad[:3], ctx.options)
         return (*grads, None, None)
 
 
-def _scale_rows(kept: Tensor, grad_nll: Tensor) -> Tensor:
-    """Multiply the kept rows by the upstream gradient; a row of gradient 0 is 0, whatever was kept."""
-    return torch.where(grad_nll[:, None] == 0, 0.0, kept * grad_nll[:, None])
+def _scale_rows(kept: Tensor, targets: Tensor, grad_nll: Tensor) -> Tensor:
+    """Multiply the kept rows by the upstream gradient; inactive rows are 0, whatever they hold."""
+    active = (targets != IGNORED) & (grad_nll != 0)
+    return torch.where(active[:, None], kept * grad_nll[:, None], 0.0)
 
 
 @torch.library.custom_op("longhaul::token_nll", mutates_args=())
@@ -120,13 +122,14 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     _, lse, kept = output
     ctx.chunk_size, ctx.softcap, ctx.compute, ctx.keep_rows, ctx.fused = rest
     ctx.dtype = hidden.dtype
-    ctx.save_for_backward(*((kept,) if ctx.keep_rows else (hidden, weight, bias, targets, lse)))
+    ctx.save_for_backward(*((kept, targets) if ctx.keep_rows else (hidden, weight, bias, targets, lse)))
     ctx.mark_non_differentiable(lse, kept)
 
 
 def _differentiate(ctx: Any, grad_nll: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     if ctx.keep_rows:
-        return _scale_rows(ctx.saved_tensors[0], grad_nll).to(ctx.dtype), *(None,) * 8
+        kept, targets = ctx.saved_tensors
+        return _scale_rows(kept, targets, grad_nll).to(ctx.dtype), *(None,) * 8
     wanted = [x is not None and want for x, want in zip(ctx.saved_tensors, ctx.needs_input_grad[:3], strict=False)]
     grads = iter(
         token_nll_backward_operator(

@@ -20,7 +20,7 @@ from torch import Tensor
 from kernels.linear_cross_entropy.products import product
 from kernels.linear_cross_entropy.tiles import Running, Tile
 
-BLOCK = 4096
+BLOCK = 2048
 
 
 @triton.jit
@@ -117,7 +117,7 @@ def _launch(kernel: Any, z: Tensor, tile: Tile, tensors: tuple[Tensor, ...], **o
         kernel[(rows,)](
             z, bias, tile.targets, *tensors, width, cap,
             HAS_BIAS=tile.bias is not None, HAS_CAP=tile.softcap is not None, BLOCK=block,
-            num_warps=8 if block >= 2048 else 4, **options,
+            num_warps=8 if block > 1024 else 4, **options,
         )  # fmt: skip
 
 
