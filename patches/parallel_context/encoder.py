@@ -4,7 +4,6 @@ Legend: B batch, b pieces of a micro-batch, G kv heads, N slots of a row, P pref
 """
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,14 +35,13 @@ class EncodeRequest:
     rows: list[list[list[int]]]
     prefix: list[int]
     queries: Queries | None
-    fingerprint: dict[str, Any]
 
 
 def encode_context(hook: ModelHook, options: ParallelContext, request: EncodeRequest) -> PieceCache:
     """Encode rows of pieces behind one prefix; the caller holds the model's scope."""
     if options.eviction is not None and options.eviction.method == "streaming":
         rows = [encode_streaming(hook, options, prefix=request.prefix, pieces=row) for row in request.rows]
-        return replace(PieceCache.stack(rows), fingerprint=request.fingerprint)
+        return replace(PieceCache.stack(rows), fingerprint=hook.fingerprint)
     offset = len(request.prefix)
     pieces, following = place_pieces(request.rows, offset, options)
     greatest = max([float(piece.positions.max()) for piece in pieces] + [offset - 1.0])
@@ -53,7 +51,7 @@ def encode_context(hook: ModelHook, options: ParallelContext, request: EncodeReq
     if not pieces or (options.piece_policy is None and (options.eviction is None or late)):
         return _encode_all(hook, options, request, pieces=pieces, following=following, parts=parts)
     state = encode_judged(hook, options, pieces=pieces, following=following, parts=parts, queries=request.queries)
-    return replace(state, fingerprint=request.fingerprint)
+    return replace(state, fingerprint=hook.fingerprint)
 
 
 def place_pieces(rows: list[list[list[int]]], offset: int, options: ParallelContext) -> tuple[list[Piece], Tensor]:
@@ -109,7 +107,7 @@ def _encode_all(
         offsets=[offset] * len(rows),
         mode=options.position_mode,
         received=None if received is None else received.layers,
-        fingerprint=request.fingerprint,
+        fingerprint=hook.fingerprint,
     )
 
 

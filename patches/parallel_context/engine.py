@@ -10,7 +10,6 @@ from typing import Any, Literal
 from patches.parallel_context.cache import PieceCache
 from patches.parallel_context.checks import check_count
 from patches.parallel_context.encoder import EncodeRequest, encode_context
-from patches.parallel_context.families import model_fingerprint
 from patches.parallel_context.generation import GenerateResult, Sampling, continue_query, end_tokens
 from patches.parallel_context.hook import ModelHook
 from patches.parallel_context.inputs import as_context, as_queries, as_targets
@@ -29,7 +28,6 @@ class BoundContext:
     def __init__(self, options: ParallelContext, model: Any, tokenizer: Any) -> None:
         self.options, self.tokenizer = options, tokenizer
         self._hook = ModelHook(model)
-        self._fingerprint = model_fingerprint(model)
         self._prefix: list[int] | None = None
         self._open = True
 
@@ -68,7 +66,7 @@ class BoundContext:
         self._check_pieces(rows, query_ids)
         queries = None if query_ids is None else Queries(*as_queries(query_ids, len(rows)))
         with self._hook.scope():
-            return encode_context(self._hook, self.options, EncodeRequest(rows, ids, queries, self._fingerprint))
+            return encode_context(self._hook, self.options, EncodeRequest(rows, ids, queries))
 
     def score(
         self,
@@ -164,7 +162,7 @@ class BoundContext:
             raise ValueError(f"streaming is a baseline for one piece, got {max(map(len, rows))} pieces")
 
     def _query(self, state: PieceCache, *, capacity: int, recorder: Recorder) -> QueryPass:
-        if state.fingerprint and state.fingerprint != self._fingerprint:
+        if state.fingerprint and state.fingerprint != self._hook.fingerprint:
             raise ValueError("this state was encoded by another model; encode the context again")
         return QueryPass(self._hook, Context.of(state), options=self.options, capacity=capacity, recorder=recorder)
 

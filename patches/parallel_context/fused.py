@@ -33,6 +33,8 @@ def fused_problem(problem: Problem, wants: frozenset[Want]) -> str | None:
         return "windows by position need a mask"
     if problem.selection is not None:
         return "selection needs single weights"
+    if "entropy" in wants and query.dtype in HALF:
+        return "a mean key rounded to half precision moves the entropy by hundredths"
     if not wants <= SUPPORTED:
         return "these statistics need single weights"
     if problem.own.valid is not None or not problem.own.causal or problem.own.keys.shape[2] != query.shape[2]:

@@ -7,6 +7,7 @@ training flags, which are put back.
 Legend: B batch, H heads, G kv heads, T tokens, D head size, M model width.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from patches.parallel_context.families import attention_configs, causal_lm, text_config
+from patches.parallel_context.families import attention_configs, causal_lm, model_fingerprint, text_config
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,16 @@ class ModelHook:
         self.head = self.model.get_output_embeddings()
         self.config = text_config(self.model)
         self.num_layers: int = self.config.num_hidden_layers
-        self._configs = attention_configs(self.model)
         self._name = f"longhaul_parallel_context_{id(self)}"
+
+    @functools.cached_property
+    def _configs(self) -> list[Any]:
+        return attention_configs(self.model)
+
+    @functools.cached_property
+    def fingerprint(self) -> dict[str, Any]:
+        """What identifies the model."""
+        return model_fingerprint(self.model)
 
     @property
     def device(self) -> torch.device:

@@ -19,8 +19,12 @@ def attend_tiled(problem: Problem, wants: frozenset[Want] = frozenset()) -> Atte
         raise AssertionError("aggregated scores span tiles: collect them first")
     result = empty_result(problem, wants)
     detail = problem.selection is not None or bool(wants & {"mass", "group_scores"})
+    plain = not detail and not wants and problem.ape is None
     for tile in cut_tiles(problem, detail=detail):
-        _attend_tile(problem, tile, result)
+        if plain and tile.parts:
+            _attend_plain(problem, tile, result)
+        else:
+            _attend_tile(problem, tile, result)
     return result
 
 
@@ -31,6 +35,20 @@ def collect_scores(problem: Problem, top_k: int) -> Tensor:
     for tile in cut_tiles(problem, detail=True):
         _store(found, tile, _piece_scores(tile, torch.logsumexp(_group_lse(tile), -1), top_k))
     return found
+
+
+def _attend_plain(problem: Problem, tile: Tile, result: Attended) -> None:
+    """Attend without groups, policy and statistics, in as few operations as decoding needs."""
+    parts = [part.logits for part in tile.parts]
+    lse = torch.logsumexp(parts[0] if len(parts) == 1 else torch.cat(parts, -1), -1)
+    total: Tensor | None = None
+    for part in tile.parts:
+        weights = part.logits.sub_(lse[..., None]).exp_()
+        out = multiply(weights.flatten(2, 3), part.values, problem.dtype)
+        total = out if total is None else total.add_(out)
+    assert total is not None
+    _store(result.output, tile, total.unflatten(2, tile.query.shape[2:4]))
+    _store(result.lse, tile, lse)
 
 
 def _attend_tile(problem: Problem, tile: Tile, result: Attended) -> None:

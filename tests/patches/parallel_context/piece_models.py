@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 FIXTURES = Path(__file__).parents[2] / "fixtures" / "parallel_context"
@@ -72,3 +73,18 @@ def text(length, seed=0):
 
 def pieces_of(lengths, seed=0):
     return [text(length, 100 * seed + number) for number, length in enumerate(lengths)]
+
+
+class Largest(TorchDispatchMode):
+    """Watches the sizes of all tensors that operations make, views left out."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        for x in found if isinstance(found, tuple | list) else [found]:
+            if isinstance(x, torch.Tensor) and 0 not in x.stride():
+                self.elements = max(self.elements, x.numel())
+        return found

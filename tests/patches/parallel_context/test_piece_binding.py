@@ -4,8 +4,7 @@ import copy
 
 import pytest
 import torch
-from piece_models import SIZES, pieces_of, text, tiny_model
-from torch.utils._python_dispatch import TorchDispatchMode
+from piece_models import SIZES, Largest, pieces_of, text, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -161,21 +160,6 @@ def test_adapters_work():
     with adapted.disable_adapter(), ParallelContext(prefix=None).bind(adapted) as pc:
         plain = pc.score(pc.encode(pieces), query, return_logits=True).logits[0]
     assert (found - plain).abs().max() > 1e-2
-
-
-class Largest(TorchDispatchMode):
-    """Watches the sizes of all tensors that operations make, views left out."""
-
-    def __init__(self):
-        super().__init__()
-        self.elements, self.heads = 0, set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        found = func(*args, **(kwargs or {}))
-        for x in found if isinstance(found, tuple | list) else [found]:
-            if isinstance(x, torch.Tensor) and 0 not in x.stride():
-                self.elements = max(self.elements, x.numel())
-        return found
 
 
 @pytest.mark.parametrize(
