@@ -3,6 +3,7 @@
 Legend: B batch, T query tokens, V vocabulary, L layers, N key slots.
 """
 
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -28,6 +29,13 @@ class BoundContext:
     def __init__(self, options: ParallelContext, model: Any, tokenizer: Any) -> None:
         self.options, self.tokenizer = options, tokenizer
         self._hook = ModelHook(model)
+        calibration = options.calibration
+        if calibration is not None and calibration.layers[0] >= self._hook.num_layers:
+            warnings.warn(
+                f"calibration has no effect: it begins at layer {calibration.layers[0]}, the model has "
+                f"{self._hook.num_layers}",
+                stacklevel=4,
+            )
         self._prefix: list[int] | None = None
         self._open = True
 

@@ -43,9 +43,10 @@ class Sampling:
             check_count("top_k", self.top_k)
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must lie in (0, 1], got {self.top_p!r}")
-        changed = (self.temperature, self.top_k, self.top_p) != (1.0, None, None)
+        check_count("seed", self.seed, 0)
+        changed = (self.temperature, self.top_k, self.top_p, self.seed) != (1.0, None, None, 0)
         if changed and not self.do_sample:
-            raise ValueError("temperature, top_k and top_p have an effect with do_sample=True only")
+            raise ValueError("temperature, top_k, top_p and seed have an effect with do_sample=True only")
 
     def choose(self, logits: Tensor, generators: list[torch.Generator]) -> list[int]:
         """Choose one token per row of ``[B, V]`` float logits; every row draws from its own generator."""

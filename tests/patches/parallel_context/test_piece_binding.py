@@ -10,7 +10,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import models  # noqa: F401  registers the suite's models
-from patches.parallel_context import APE, ParallelContext, SelectiveAttention
+from patches.parallel_context import APE, Calibration, ParallelContext, SelectiveAttention
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -110,6 +110,12 @@ def test_the_model_itself_is_plain_while_bound():
         assert torch.equal(model(tokens).logits, expected)
         use(pc)
         assert torch.equal(model(tokens).logits, expected)
+
+
+def test_calibration_beyond_the_model_is_told():
+    patch = ParallelContext(calibration=Calibration(layers=(3, 8)))
+    with pytest.warns(UserWarning, match="begins at layer 3"), patch.bind(tiny_model()):
+        pass
 
 
 def test_bound_side_by_side():
@@ -254,14 +260,25 @@ def test_sampling_has_a_generator_of_its_own():
         for options in ({"top_p": 0.0}, {"top_k": 0}, {"temperature": 0.0}):
             with pytest.raises(ValueError, match=r"top_p|top_k|temperature"):
                 sample(**options)
-        with pytest.raises(ValueError, match="do_sample=True"):
-            pc.generate(state, queries, max_new_tokens=2, temperature=0.5)
+        for options in ({"temperature": 0.5}, {"seed": 3}):
+            with pytest.raises(ValueError, match="do_sample=True"):
+                pc.generate(state, queries, max_new_tokens=2, **options)
 
 
-def test_growing_rotary_angles_are_refused():
-    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
-    config = AutoConfig.for_model("llama", **(SIZES | {"max_position_embeddings": 32, "rope_parameters": rope}))
-    model = AutoModelForCausalLM.from_config(config).eval()
+LONG = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "original_max_position_embeddings": 32}
+
+
+@pytest.mark.parametrize(
+    ("family", "rope", "longest"), [("llama", {"factor": 2.0}, 32), ("phi3", LONG | {"factor": 4.0}, 128)]
+)
+def test_growing_rotary_angles_are_refused(family, rope, longest):
+    rope = rope | {"rope_type": "longrope" if family == "phi3" else "dynamic", "rope_theta": 10000.0}
+    sizes = {"max_position_embeddings": longest, "original_max_position_embeddings": 32, "rope_parameters": rope}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **(SIZES | sizes))).eval()
+    piece, query = text(15), text(16, 1)
+    with ParallelContext(prefix=None).bind(model) as pc:
+        found = pc.score(pc.encode([piece]), query, return_logits=True).logits[0]
+    assert (found - model(torch.tensor([piece + query])).logits[0, 15:]).abs().max() < 1e-4
     with ParallelContext(position_mode="ML").bind(model) as pc:
         state = pc.encode(pieces_of((15, 15, 15)))
         pc.score(state, text(16))

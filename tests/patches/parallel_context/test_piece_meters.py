@@ -115,13 +115,19 @@ def test_fused_groups_on_a_gpu(dtype, ape):
             assert (getattr(found, name).cpu() - getattr(exact, name)).abs().max() < 1e-2, name
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("policy", ["plain", "top1"])
-def test_half_precision_on_a_gpu(dtype, policy):
+CUDA = [pytest.param("cuda", dtype, marks=pytest.mark.gpu) for dtype in (torch.float16, torch.bfloat16)]
+
+
+@pytest.mark.parametrize(("device", "dtype"), [("cpu", torch.bfloat16), *CUDA])
+@pytest.mark.parametrize("policy", ["plain", "soft", "ape"])
+def test_half_precision(device, dtype, policy):
+    """Policies that are continuous: a hard choice between close scores may turn."""
     sizes = SIZES | {"hidden_size": 128, "head_dim": 32, "max_position_embeddings": 4096}
-    single = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **sizes)).eval().cuda()
-    options = {"selection": SelectiveAttention(1)} if policy == "top1" else {}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        single = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **sizes)).eval().to(device)
+    soft = {"selection": SelectiveAttention(soft_temperature=1.0)}
+    options = {"plain": {}, "soft": soft, "ape": {"ape": APE()}}[policy]
     found = []
     for model in (single, copy.deepcopy(single).to(dtype)):
         with ParallelContext(degree=8, **options).bind(model) as pc:
