@@ -20,6 +20,13 @@ def fixed_commit(monkeypatch):
 
 
 @pytest.fixture
+def without_figures(monkeypatch):
+    """Figures take longer than everything else here."""
+    for figure in ("save_perplexity_by_length", "save_loss_by_position"):
+        monkeypatch.setattr(perplexity_task, figure, lambda *_: None)
+
+
+@pytest.fixture
 def folders(tmp_path, llama, stream):
     """Two model folders and a corpus folder with one split."""
     llama.save_pretrained(tmp_path / "a" / "model")
@@ -69,6 +76,7 @@ def test_results_equal_single_evaluations(folders, llama, stream, tmp_path):
         assert (out / name).stat().st_size > 5000
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_finished_lengths_are_not_repeated(folders, tmp_path, monkeypatch):
     out, real, calls = tmp_path / "out", evaluate_perplexity, []
 
@@ -90,9 +98,8 @@ def test_finished_lengths_are_not_repeated(folders, tmp_path, monkeypatch):
     assert task(folders).run(out)["results"] == first["results"]
 
 
-def test_another_protocol_or_model_is_never_served_old_numbers(folders, tmp_path, llama, monkeypatch):
-    for figure in ("save_perplexity_by_length", "save_loss_by_position"):
-        monkeypatch.setattr(perplexity_task, figure, lambda *_: None)
+@pytest.mark.usefixtures("without_figures")
+def test_another_protocol_or_model_is_never_served_old_numbers(folders, tmp_path, llama):
     out = tmp_path / "out"
     numbers = [task(folders, models=str(folders / "b")).run(out)["results"][0]["nll_sum"]]
     numbers.append(task(folders, models=str(folders / "b"), max_tokens=100).run(out)["results"][0]["nll_sum"])
@@ -165,6 +172,7 @@ def test_missing_models_are_explained(folders):
         task(folders, models={"a": 3})
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_the_longest_length_that_the_text_allows(folders, tmp_path):
     alone, with_bos = (
         task(folders, models=str(folders / "b"), lengths=[149 + extra], bos_token_id=bos).run(tmp_path / f"{extra}")
