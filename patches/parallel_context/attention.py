@@ -3,6 +3,7 @@
 Legend: B batch, H heads, G kv heads, T query tokens, N key slots, D head size, K pieces.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -81,7 +82,7 @@ def grouped_attention(
     return GroupedOutput(found.output, found.lse, found.entropy, found.group_scores, found.mass)
 
 
-def merge_attention(outputs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
+def merge_attention(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Merge attention over disjoint key sets: ``sum_i exp(lse_i - lse) o_i`` with ``lse = logsumexp_i lse_i``.
 
     Args:
@@ -91,9 +92,9 @@ def merge_attention(outputs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, 
     Returns:
         The output and log-sum-exp of the union.
     """
-    if not outputs or len(outputs) != len(lses):
+    if not len(outputs) or len(outputs) != len(lses):
         raise ValueError(f"expected as many outputs as log-sum-exps, at least one, got {len(outputs)} and {len(lses)}")
-    stacked = torch.stack(lses)
+    stacked = torch.stack(tuple(lses))
     total = torch.logsumexp(stacked, 0)
     merged = torch.zeros_like(outputs[0], dtype=stacked.dtype)
     for output, lse in zip(outputs, stacked, strict=True):

@@ -30,6 +30,8 @@ def causal_lm(model: Any) -> Any:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if not hasattr(base, "config") or not hasattr(base, "get_decoder"):
         raise ValueError(f"parallel context needs a Hugging Face causal language model, got {type(model).__name__}")
+    if base.get_output_embeddings() is None:
+        raise ValueError(f"{type(base).__name__} has no language-model head; load it with AutoModelForCausalLM")
     name = text_config(base).model_type
     if name in SUITE_MODELS:
         raise ValueError(

@@ -100,7 +100,7 @@ def continue_query(
         logits = query.hook.logits(hidden)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if step < min_new_tokens and ends:
-            logits[:, sorted(ends)] = float("-inf")
+            logits[:, [token for token in ends if token < logits.shape[-1]]] = float("-inf")
         chosen = sampling.choose(logits, generators)
         for row, token in enumerate(chosen):
             if alive[row]:

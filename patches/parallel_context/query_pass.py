@@ -90,14 +90,14 @@ class QueryPass:
             Hidden states ``[B, T, M]``; those of padding are arbitrary.
         """
         width = token_ids.shape[1]
-        step = torch.arange(width)
-        places = self._start[:, None] + torch.tensor(self.read)[:, None] + step
+        step, count, read = torch.arange(width), torch.tensor(lengths)[:, None], torch.tensor(self.read)[:, None]
+        # Padding repeats the last position: a greater one could change the angles of a growing rotary embedding.
+        places = self._start[:, None] + torch.minimum(read + step, read + count - 1).clamp_min(0)
+        check_positions(self.hook.model, float(places.max()))
         slots = slice(self._used, self._used + width)
         self._places[:, slots] = places
-        self._valid[:, slots] = step < torch.tensor(lengths)[:, None]
+        self._valid[:, slots] = step < count
         self._lengths, self._on_device = lengths, {}
-        greatest = (self._start + torch.tensor(self.read) + torch.tensor(lengths) - 1).max()
-        check_positions(self.hook.model, float(greatest))
         device = self.hook.device
         self.selector.begin()
         if self.selector.two_pass:

@@ -37,11 +37,7 @@ def dense_grouped_attention(
     keys, values = (x.to(acc).repeat_interleave(repeat, 1) for x in (key, value))
     ids = segments.expand(*key.shape[:3]) if segments.dim() != 2 else segments[:, None].expand(*key.shape[:3])
     ids = ids.repeat_interleave(repeat, 1)[:, :, None]  # [B, H, 1, N]
-    num_tokens, num_keys = query.shape[2], key.shape[2]
-    own = num_tokens if own is None else own
-    slot = torch.arange(num_keys)
-    future = slot > torch.arange(num_tokens)[:, None] + num_keys - num_tokens
-    visible = (ids != -2) & ~(future & (slot >= num_keys - own))
+    visible = _visible(ids, query.shape[2], query.shape[2] if own is None else own)
     if hidden is not None:
         visible = visible & ~hidden
 
@@ -51,30 +47,31 @@ def dense_grouped_attention(
     plain = torch.softmax(logits.masked_fill(~visible, float("-inf")), -1).nan_to_num()
     num_pieces = int(segments.max().clamp_min(0))
     groups = [ids == number for number in range(num_pieces + 1)] + [(ids == -1).expand_as(visible)]
+    found = plain.new_zeros(*plain.shape[:3], num_pieces)
+    for number in range(num_pieces):
+        found[..., number] = _score(plain, groups[number + 1], 5 if selection is None else selection.score_top_k)
     groups = [group & visible for group in groups]
-    top = 5 if selection is None else selection.score_top_k
-    found = [_score(plain, ids == number, top) for number in range(1, num_pieces + 1)]
-    found = torch.stack(found, -1) if found else plain.new_zeros(*plain.shape[:3], 0)
     used = scores
     if used is None and selection is not None:
         used = aggregate_scores(found, selection.aggregate, selection.aggregate_top_k)
-    pieces = [int(row.max().clamp_min(0)) for row in ids.flatten(1)]
-    weights = torch.stack(
-        [
-            _weights(
-                logits[b],
-                [group[b] for group in [*groups[: number + 1], groups[-1]]],
-                selection if selects(selection, number) else None,
-                None if used is None else used.expand(found.shape)[b, ..., :number],
-                ape,
-            )
-            for b, number in enumerate(pieces)
-        ]
-    )
+    rows = []
+    for b, number in enumerate(int(row.max().clamp_min(0)) for row in ids.flatten(1)):
+        chosen = None if used is None else used.expand(found.shape)[b, ..., :number]
+        own_groups = [group[b] for group in [*groups[: number + 1], groups[-1]]]
+        rows.append(_weights(logits[b], own_groups, selection if selects(selection, number) else None, chosen, ape))
+    weights = torch.stack(rows)
     out = torch.einsum("bhtn,bhnd->bhtd", weights, values)
-    entropy = torch.special.entr(weights).sum(-1)
     mass = torch.stack([(weights * group).sum(-1) for group in groups], -1)
-    return out, torch.logsumexp(logits.masked_fill(~visible, float("-inf")), -1), entropy, found, mass
+    lse = torch.logsumexp(logits.masked_fill(~visible, float("-inf")), -1)
+    return out, lse, torch.special.entr(weights).sum(-1), found, mass
+
+
+def _visible(ids: Tensor, num_tokens: int, own: int) -> Tensor:
+    """Say which keys ``[B, H, T, N]`` are visible: the last ``own`` ones causally (lower right)."""
+    num_keys = ids.shape[-1]
+    slot = torch.arange(num_keys, device=ids.device)
+    future = slot > torch.arange(num_tokens, device=ids.device)[:, None] + num_keys - num_tokens
+    return (ids != -2) & ~(future & (slot >= num_keys - own))
 
 
 def _score(weights: Tensor, group: Tensor, top_k: int) -> Tensor:

@@ -282,6 +282,10 @@ def test_growing_rotary_angles_are_refused(family, rope, longest):
     with ParallelContext(position_mode="ML").bind(model) as pc:
         state = pc.encode(pieces_of((15, 15, 15)))
         pc.score(state, text(16))
+        angles = model.model.rotary_emb.inv_freq.clone()
+        ragged = pc.encode([pieces_of((27,)), pieces_of((3,), 2)])
+        pc.score(ragged, [text(2), text(20)])  # padding stands at no greater position than tokens
+        assert torch.equal(model.model.rotary_emb.inv_freq, angles)
         with pytest.raises(ValueError, match="below 32, got 32"):
             pc.score(state, text(17))
         with pytest.raises(ValueError, match="below 32, got 39"):
@@ -296,4 +300,6 @@ def test_other_models_are_refused(family):
     with pytest.raises(ValueError, match=f"{family}.*llama"), ParallelContext().bind(model):
         pass
     with pytest.raises(ValueError, match="Hugging Face causal language model"), ParallelContext().bind(torch.nn.ReLU()):
+        pass
+    with pytest.raises(ValueError, match="no language-model head"), ParallelContext().bind(tiny_model().model):
         pass
