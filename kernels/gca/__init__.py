@@ -1,23 +1,27 @@
-"""Grouped cross attention and its causal retrieval (arXiv 2410.01651): public functions, checks and dispatch.
+"""Grouped cross attention and its causal retrieval (arXiv 2410.01651): the public functions and their dispatch.
 
 Legend: B batch, N query groups, S rows of a group, H heads, Hk kv heads, D head size, E stored chunks, C keys of a
 chunk, K retrieved chunks.
 """
 
 from importlib.util import find_spec
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
+from kernels.gca.checks import check_arguments
 from kernels.gca.cpu import gca_cpu
 from kernels.gca.reference import grouped_cross_attention_reference
 from kernels.gca.retrieval import chunk_weights, retrieve_chunks
+from kernels.gca.reverse_map import reverse_index
 
-__all__ = ["chunk_weights", "grouped_cross_attention", "retrieve_chunks"]
+__all__ = ["chunk_weights", "grouped_cross_attention", "retrieve_chunks", "reverse_index"]
 
 Implementation = Literal["auto", "triton", "reference", "cpu"]
 IMPLEMENTATIONS = ("auto", "triton", "reference", "cpu")
+Tensors: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]
+"""q, k, v, indices, weights, kv_lengths."""
 
 
 def grouped_cross_attention(
@@ -31,6 +35,7 @@ def grouped_cross_attention(
     scale: float | None = None,
     softmax_off_by_one: bool = False,
     implementation: Implementation = "auto",
+    reverse: Tensor | None = None,
 ) -> Tensor:
     """Attend from each query group to its retrieved chunks, one softmax per chunk, and fuse them by the weights.
 
@@ -49,7 +54,9 @@ def grouped_cross_attention(
         scale: factor of the scores; None = ``D ** -0.5``.
         softmax_off_by_one: add 1 to each softmax's denominator.
         implementation: "triton" (fused; CUDA tensors, or CPU tensors in Triton's interpreter), "reference" (dense,
-            differentiable twice), "cpu" (tiled PyTorch, any device) or "auto" (triton for CUDA tensors, else cpu).
+            differentiable twice), "cpu" (tiled PyTorch, any device) or "auto" (triton for CUDA tensors; else as "cpu",
+            by compiled C where a compiler is found and its results pass a check).
+        reverse: ``reverse_index(indices, E)``, sorted once for several layers; the backward of "triton" reads it.
 
     Returns:
         ``[B, N, S, H, D]`` in the dtype of ``q``.
@@ -60,30 +67,28 @@ def grouped_cross_attention(
     """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"unknown implementation {implementation!r}, use one of {', '.join(IMPLEMENTATIONS)}")
-    if indices.dim() == 4:
-        folded = _fold_heads(q, k, v, indices, weights, kv_lengths)
-        out = grouped_cross_attention(
-            *folded[:5],
-            kv_lengths=folded[5],
-            scale=scale,
-            softmax_off_by_one=softmax_off_by_one,
-            implementation=implementation,
-        )
-        return out.unflatten(0, (q.shape[0], -1)).permute(0, 2, 3, 1, 4, 5).flatten(3, 4)
-    _check(q, k, v, indices, weights)
-    _check_lengths(k, kv_lengths)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    tensors: Tensors = q, k, v, indices, weights, kv_lengths
+    if indices.dim() != 4:
+        return _attend(tensors, reverse, scale, softmax_off_by_one, implementation)
+    out = _attend(_fold_heads(*tensors), reverse, scale, softmax_off_by_one, implementation)
+    return out.unflatten(0, (q.shape[0], -1)).permute(0, 2, 3, 1, 4, 5).flatten(3, 4)
+
+
+def _attend(
+    tensors: Tensors, reverse: Tensor | None, scale: float, softmax_off_by_one: bool, implementation: Implementation
+) -> Tensor:
+    check_arguments(*tensors, reverse=reverse)
+    q = tensors[0]
     with torch.autocast(q.device.type, enabled=False):  # products stay in the accumulation type
         if implementation == "reference":
-            return grouped_cross_attention_reference(
-                q, k, v, indices, weights, kv_lengths=kv_lengths, scale=scale, softmax_off_by_one=softmax_off_by_one
-            )
+            return grouped_cross_attention_reference(*tensors, scale=scale, softmax_off_by_one=softmax_off_by_one)
         if implementation == "triton" or (implementation == "auto" and _triton_serves(q)):
             from kernels.gca.triton import check_device, gca_triton  # triton is optional and slow to import
 
             check_device(q)
-            return gca_triton(q, k, v, indices, weights, kv_lengths, scale, softmax_off_by_one)[0]
-        return gca_cpu(q, k, v, indices, weights, kv_lengths, scale, softmax_off_by_one, implementation == "auto")[0]
+            return gca_triton(*tensors, reverse, scale, softmax_off_by_one)[0]
+        return gca_cpu(*tensors, scale, softmax_off_by_one, implementation == "auto")[0]
 
 
 def _triton_serves(q: Tensor) -> bool:
@@ -92,7 +97,7 @@ def _triton_serves(q: Tensor) -> bool:
 
 def _fold_heads(
     q: Tensor, k: Tensor, v: Tensor, indices: Tensor, weights: Tensor, kv_lengths: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+) -> Tensors:
     """Turn one retrieval per kv head into more batch rows of one kv head each."""
     heads = k.shape[3] if k.dim() == 5 else 0
     if indices.shape[2] != heads or q.dim() != 5 or q.shape[3] % heads or weights.shape != indices.shape:
@@ -105,45 +110,3 @@ def _fold_heads(
     slots, slot_weights = (x.transpose(1, 2).flatten(0, 1) for x in (indices, weights))
     lengths = None if kv_lengths is None else kv_lengths.repeat_interleave(heads, 0)
     return query, key, value, slots, slot_weights, lengths
-
-
-def _check(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, weights: Tensor) -> None:
-    if q.dim() != 5 or k.dim() != 5 or k.shape != v.shape or indices.dim() != 3:
-        raise ValueError(
-            "expected q [B, N, S, H, D], k and v [B, E, C, Hk, D], indices [B, N, K], "
-            f"got {list(q.shape)}, {list(k.shape)}, {list(v.shape)}, {list(indices.shape)}"
-        )
-    if q.shape[0] != k.shape[0] or q.shape[4] != k.shape[4] or indices.shape[:2] != q.shape[:2]:
-        raise ValueError(
-            f"q {list(q.shape)}, k {list(k.shape)} and indices {list(indices.shape)} "
-            "differ in batch, query groups or head size"
-        )
-    if indices.shape != weights.shape:
-        raise ValueError(f"indices and weights differ in shape: {list(indices.shape)} and {list(weights.shape)}")
-    if q.shape[3] % k.shape[3]:
-        raise ValueError(f"{q.shape[3]} query heads are not a multiple of {k.shape[3]} key/value heads")
-    if not q.is_floating_point() or k.dtype != q.dtype or v.dtype != q.dtype:
-        raise ValueError(f"q, k and v must share one float dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
-    wanted = torch.promote_types(q.dtype, torch.float32)
-    if weights.dtype != wanted or indices.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"weights must be {wanted} and indices int32, got {weights.dtype} and {indices.dtype}")
-    if len({x.device for x in (q, k, v, indices, weights)}) > 1:
-        raise ValueError("q, k, v, indices and weights must be on one device")
-    # On a GPU this check would wait for the device.
-    if indices.device.type == "cpu" and indices.numel() and not torch.compiler.is_compiling():
-        low, high = (int(x) for x in indices.aminmax())
-        if low < -1 or high >= k.shape[1]:
-            raise ValueError(f"indices must lie in [-1, {k.shape[1]}), got values from {low} to {high}")
-
-
-def _check_lengths(k: Tensor, kv_lengths: Tensor | None) -> None:
-    if kv_lengths is None:
-        return
-    if kv_lengths.shape != k.shape[:2] or kv_lengths.dtype not in (torch.int32, torch.int64):
-        raise ValueError(
-            f"kv_lengths must be int32 [B, E] = {list(k.shape[:2])}, got {kv_lengths.dtype} {list(kv_lengths.shape)}"
-        )
-    if kv_lengths.device.type == "cpu" and kv_lengths.numel() and not torch.compiler.is_compiling():
-        low, high = (int(x) for x in kv_lengths.aminmax())
-        if low < 0 or high > k.shape[2]:
-            raise ValueError(f"kv_lengths must lie in [0, {k.shape[2]}], got values from {low} to {high}")

@@ -14,8 +14,8 @@ def grouped_cross_attention_reference(
     v: Tensor,
     indices: Tensor,
     weights: Tensor,
-    *,
     kv_lengths: Tensor | None,
+    *,
     scale: float,
     softmax_off_by_one: bool,
 ) -> Tensor:

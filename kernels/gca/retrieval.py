@@ -1,8 +1,6 @@
 """Causal retrieval: the best earlier chunks of each query, and the weights that fuse them.
 
-Notable: nothing of size N x E is kept. Scores are formed in row blocks without gradient; of each block only the columns
-that some row may see. Groups of 32 columns whose maximum is not among the best K cannot hold a winner, so the exact
-selection runs over K groups. The selected scores alone carry gradients.
+Notable: the selection (`selection.py`) has no gradient; the K selected scores of a row are formed again with one.
 
 Legend: B batch, N queries, E stored chunks, M model width, K retrieved chunks.
 """
@@ -14,11 +12,13 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from kernels.gca.selection import Rules, select
+
 Visible: TypeAlias = Literal["causal"] | Tensor
 Noise: TypeAlias = Literal["gumbel"] | Tensor | None
 
+# Elements of the gathered landmarks of a block of rows.
 BLOCK = 2**20
-COLUMNS = 32
 
 
 def retrieve_chunks(
@@ -38,8 +38,8 @@ def retrieve_chunks(
         top_k: number of slots K.
         visible: "causal": row i is chunk number E - N + i and sees strictly earlier chunks; or int ``[B or 1, N, 2]``
             half-open ranges; or bool ``[B or 1, N, E]``.
-        noise: None, "gumbel" (one draw of ``-log(Exp(1))`` per row and chunk from `generator`) or ``[B, N, E]``.
-        generator: source of the noise; None = the default one of the device.
+        noise: None, "gumbel" (independent ``-log(Exp(1))`` per row and chunk) or ``[B, N, E]``.
+        generator: source of the seed of the noise; None = the default one of the device.
 
     Returns:
         ``indices`` int32 ``[B, N, K]``, best first, ties to the lower chunk, -1 where fewer are visible; ``scores``
@@ -48,11 +48,14 @@ def retrieve_chunks(
     _check(queries, landmarks, top_k, visible, noise)
     acc = torch.promote_types(queries.dtype, torch.float32)
     with torch.autocast(queries.device.type, enabled=False), _exact_products(queries.device):
-        q, keys = queries.to(acc), landmarks.to(acc)
+        q = queries.to(acc)
         with torch.no_grad():
-            indices, scores = _select(q, keys, top_k, visible, noise, generator)
+            offset = landmarks.shape[1] - queries.shape[1]
+            seen = visible if isinstance(visible, Tensor) else None
+            rules = Rules.make(seen, noise, offset, generator, q.device)
+            indices, scores = select(q, landmarks, top_k, rules)
         if torch.is_grad_enabled() and (queries.requires_grad or landmarks.requires_grad):
-            scores = _SelectedScores.apply(q, keys, indices)
+            scores = _SelectedScores.apply(q, landmarks.to(acc), indices)
     return indices, scores
 
 
@@ -86,85 +89,6 @@ def _exact_products(device: torch.device) -> Iterator[None]:
         backend.fp32_precision = "none"
         if backend.fp32_precision != before:
             backend.fp32_precision = before
-
-
-def _select(
-    q: Tensor, keys: Tensor, top_k: int, visible: Visible, noise: Noise, generator: torch.Generator | None
-) -> tuple[Tensor, Tensor]:
-    """Run the selection in row blocks: ``[B, N, M]``, ``[B, E, M]`` to indices and scores ``[B, N, K]``."""
-    batch, num_rows, width = q.shape
-    num_chunks = keys.shape[1]
-    indices = torch.full((batch, num_rows, top_k), -1, dtype=torch.int32, device=q.device)
-    scores = torch.full((batch, num_rows, top_k), float("-inf"), dtype=q.dtype, device=q.device)
-    step = max(1, BLOCK // max(1, batch * num_chunks))
-    for start in range(0, num_rows, step):
-        rows = slice(start, min(start + step, num_rows))
-        # Row i of "causal" is chunk E - N + i: no row of the block sees more columns than its last one.
-        stop = max(0, num_chunks - num_rows + rows.stop - 1) if isinstance(visible, str) else num_chunks
-        if stop == 0:
-            continue
-        stop = min(num_chunks, stop + -stop % COLUMNS)
-        block = torch.bmm(q[:, rows] * width**-0.5, keys[:, :stop].transpose(1, 2))
-        noisy = _add_noise(block, noise, rows, generator)
-        noisy.masked_fill_(_hidden(visible, rows, num_chunks - num_rows, stop, q.device), float("-inf"))
-        best, where = _top(noisy, min(top_k, stop))
-        filled = best > float("-inf")
-        found = slice(0, best.shape[-1])
-        indices[:, rows, found] = where.masked_fill(~filled, -1).int()
-        scores[:, rows, found] = block.gather(-1, where).masked_fill(~filled, float("-inf"))
-    return indices, scores
-
-
-def _add_noise(block: Tensor, noise: Noise, rows: slice, generator: torch.Generator | None) -> Tensor:
-    if noise is None:
-        return block
-    if isinstance(noise, Tensor):
-        return block + noise[:, rows, : block.shape[-1]]
-    draw = torch.empty(block.shape, dtype=torch.float32, device=block.device).exponential_(generator=generator)
-    return block - draw.log_()
-
-
-def _hidden(visible: Visible, rows: slice, offset: int, stop: int, device: torch.device) -> Tensor:
-    """Return what the rows may not see: bool ``[B or 1, rows, stop]``."""
-    column = torch.arange(stop, device=device)
-    if isinstance(visible, str):
-        own = torch.arange(rows.start, rows.stop, device=device) + offset
-        return (column >= own[:, None])[None]
-    if visible.dtype == torch.bool:
-        return ~visible[:, rows, :stop]
-    first, last = visible[:, rows].unsqueeze(-1).unbind(2)
-    return (column < first) | (column >= last)
-
-
-def _top(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """Select the largest of each row, ties to the lower column: ``[B, R, E]`` to values and columns ``[B, R, K]``.
-
-    The K best columns lie in the K groups of largest maximum (ties to the lower group): each group ahead of a column's
-    own holds something that goes before it.
-    """
-    num_columns = scores.shape[-1]
-    if num_columns <= 2 * COLUMNS * top_k:
-        return _exact_top(scores, top_k)
-    if num_columns % COLUMNS:
-        scores = torch.nn.functional.pad(scores, (0, -num_columns % COLUMNS), value=float("-inf"))
-    groups = scores.unflatten(-1, (-1, COLUMNS))
-    chosen = _exact_top(groups.amax(-1), top_k)[1].sort(-1).values  # ascending, so that columns stay in order
-    candidates = groups.gather(2, chosen.unsqueeze(-1).expand(*chosen.shape, COLUMNS)).flatten(2)
-    values, place = _exact_top(candidates, top_k)
-    return values, chosen.gather(-1, place // COLUMNS) * COLUMNS + place % COLUMNS
-
-
-def _exact_top(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    if scores.dtype == torch.float64:
-        values, columns = scores.sort(dim=-1, descending=True, stable=True)
-        return values[..., :top_k], columns[..., :top_k]
-    # One integer orders by score, then by lower column: the score's bits above, the flipped column below.
-    bits = (scores + 0.0).view(torch.int32)  # + 0.0: no negative zero
-    ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()
-    last = scores.shape[-1] - 1
-    key = (ordered << 32) + (last - torch.arange(last + 1, device=scores.device))
-    columns = last - (key.topk(top_k, -1).values & 0xFFFFFFFF)
-    return scores.gather(-1, columns), columns
 
 
 class _SelectedScores(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""Launching the Triton kernels of grouped cross attention, as one operator with its own backward.
+"""Grouped cross attention by the Triton kernels, as one operator with its own backward.
 
 Runs on CUDA tensors, and on CPU tensors under Triton's interpreter (TRITON_INTERPRET=1 before the first import).
 
@@ -6,56 +6,23 @@ Legend: B batch, N query groups, S rows of a group, H heads, Hk kv heads, G = H 
 C keys of a chunk, K retrieved chunks.
 """
 
+import functools
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels.gca.reverse_map import reverse_map
+from kernels.gca.autotune import choose
+from kernels.gca.launch import Launch, Shape
+from kernels.gca.reverse_map import ReverseMap
 from kernels.gca.triton_backward import key_kernel, query_kernel, reduce_kernel
 from kernels.gca.triton_forward import forward_kernel
 
 LOG2E = math.log2(math.e)
-STAGES = 2
-Kind = Literal["forward", "query", "key"]
-
-
-@dataclass(frozen=True)
-class Launch:
-    """Tile sizes and resources of one kernel; the tables are kept free of spills by the offline compile test."""
-
-    block_m: int
-    block_c: int
-    block_d: int
-    num_warps: int
-
-
-def launch(kind: Kind, rows: int, chunk_size: int, head_dim: int, dtype: torch.dtype) -> Launch:
-    """Choose the tiles of a kernel for G S rows, C keys and D channels."""
-    block_d = max(16, triton.next_power_of_2(head_dim))
-    column = 0 if block_d <= 64 else 1 if block_d == 128 else 2
-    limit_m, limit_c, num_warps = (LIMITS[kind] if dtype.itemsize == 2 else FLOAT32_LIMITS)[column]
-    block_m = min(limit_m, max(16, triton.next_power_of_2(rows)))
-    block_c = max(16, triton.next_power_of_2(chunk_size))
-    if block_c > limit_c:  # several tiles a chunk
-        block_c = min(limit_c, 32 if kind == "query" or block_m == 16 else 64)
-    few = 2048 if kind == "key" else 4096  # the key kernel holds two sums
-    if dtype.itemsize == 2 and max(block_m, block_c) * block_d <= few:
-        num_warps = 4
-    return Launch(block_m, block_c, block_d, num_warps)
-
-
-# The most rows and keys of a tile, and its warps, for D <= 64, 128, 256. Float32 products (no tensor cores) need many
-# registers. Chosen so that the compiler spills nothing.
-LIMITS: dict[Kind, list[tuple[int, int, int]]] = {
-    "forward": [(128, 128, 8), (64, 128, 8), (32, 64, 8)],
-    "query": [(64, 128, 8), (32, 64, 8), (16, 32, 8)],
-    "key": [(64, 64, 8), (64, 64, 8), (32, 32, 8)],
-}
-FLOAT32_LIMITS = [(32, 32, 8), (16, 16, 4), (16, 32, 8)]
 
 
 def interpreting() -> bool:
@@ -82,24 +49,149 @@ def check_device(q: Tensor) -> None:
         raise ValueError("Triton's interpreter multiplies bfloat16 wrongly; use float16 or float32 there")
 
 
-def _aligned(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
+@dataclass(frozen=True)
+class _Inputs:
+    """The arguments of an operator, laid out as the kernels want them."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    indices: Tensor
+    weights: Tensor
+    kv_lengths: Tensor | None
+    scale: float
+
+    @property
+    def lengths(self) -> Tensor:
+        """What stands for the lengths: any integers if there are none."""
+        return self.indices if self.kv_lengths is None else self.kv_lengths
+
+    @property
+    def group(self) -> int:
+        """Heads a kv head."""
+        return self.q.shape[3] // self.k.shape[3]
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """N, E, K, S, C, Hk, D."""
+        q, k = self.q.shape, self.k.shape
+        return q[1], k[1], self.indices.shape[2], q[2], k[2], k[3], q[4]
+
+    @property
+    def strides(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Strides of the first four dimensions of keys and of values."""
+        return self.k.stride()[:4], self.v.stride()[:4]
+
+    def shape(self, kind: Any) -> Shape:
+        """Return what decides how a kernel is launched."""
+        rows = self.q.shape[2] * self.group
+        described = kind != "key" and all(_describable(x) for x in (self.k, self.v))
+        return Shape(kind, rows, self.k.shape[2], self.q.shape[4], self.q.dtype, described)
+
+    def blocks(self, tiles: Launch) -> int:
+        """Count the blocks of rows of a query group."""
+        return triton.cdiv(self.q.shape[2] * self.group, tiles.block_m)
+
+    def programs(self, tiles: Launch) -> tuple[int]:
+        """Count the programs that walk query groups."""
+        return (self.blocks(tiles) * self.q.shape[0] * self.q.shape[1] * self.k.shape[3],)
+
+    def options(self, tiles: Launch) -> dict[str, Any]:
+        """Return the constants that the three large kernels share."""
+        # TF32 would break the promise of float32 products; 16-bit inputs ignore the setting.
+        precision = "ieee" if self.q.dtype == torch.float32 else "tf32"
+        return {
+            "G": self.group,
+            "HAS_LENGTHS": self.kv_lengths is not None,
+            "BLOCK_M": tiles.block_m,
+            "BLOCK_C": tiles.block_c,
+            "BLOCK_D": tiles.block_d,
+            "PRECISION": precision,
+            "num_warps": tiles.num_warps,
+            "num_stages": tiles.num_stages,
+        }
+
+    def stores(self, tiles: Launch) -> tuple[Any, Any]:
+        """Return keys and values as the kernel reads them: the tensors, or descriptors of their tiles."""
+        if not tiles.descriptors:
+            return self.k, self.v
+        block = [1, 1, tiles.block_c, 1, tiles.block_d]
+        key, value = (TensorDescriptor(x, list(x.shape), list(x.stride()), block) for x in (self.k, self.v))
+        return key, value
 
 
-def _precision(q: Tensor) -> str:
-    # TF32 would break the promise of float32 products; 16-bit inputs ignore the setting.
-    return "ieee" if q.dtype == torch.float32 else "tf32"
+def _inputs(
+    q: Tensor, k: Tensor, v: Tensor, indices: Tensor, weights: Tensor, kv_lengths: Tensor | None, scale: float
+) -> _Inputs:
+    k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
+    lengths = None if kv_lengths is None else kv_lengths.contiguous()
+    return _Inputs(q.contiguous(), k, v, indices.contiguous(), weights.contiguous(), lengths, scale)
 
 
-def _sizes(q: Tensor, k: Tensor, indices: Tensor) -> tuple[int, ...]:
-    """Return N, E, K, S, C, Hk, D."""
-    return q.shape[1], k.shape[1], indices.shape[2], q.shape[2], k.shape[2], k.shape[3], q.shape[4]
+def _describable(x: Tensor) -> bool:
+    """Say whether the hardware can copy tiles of a tensor: 16 bit, and everything aligned to 16 bytes."""
+    aligned = all(stride * x.itemsize % 16 == 0 for stride in x.stride()[:4]) and x.data_ptr() % 16 == 0
+    return x.itemsize == 2 and aligned
 
 
 def _run(kernel: Any, grid: tuple[int], *arguments: Any, **options: Any) -> None:
     """Launch on the device of the first tensor, which need not be the current one."""
     with torch.cuda.device_of(arguments[0]):
         kernel[grid](*arguments, **options)
+
+
+def _forward(inputs: _Inputs, off_by_one: bool, results: tuple[Tensor, Tensor], tiles: Launch) -> None:
+    key, value = inputs.stores(tiles)
+    _run(
+        forward_kernel, inputs.programs(tiles),
+        inputs.q, key, value, inputs.indices, inputs.weights, inputs.lengths, *results,
+        inputs.scale * LOG2E, inputs.sizes, *inputs.strides,
+        OFF_BY_ONE=off_by_one, SINGLE=inputs.k.shape[2] <= tiles.block_c, DESCRIPTORS=tiles.descriptors,
+        **inputs.options(tiles),
+    )  # fmt: skip
+
+
+def _query_gradient(
+    inputs: _Inputs, grad_out: Tensor, lse: Tensor, results: tuple[Tensor, Tensor, Tensor], tiles: Launch
+) -> None:
+    """Write delta, dq and the parts of dw ``[B N K, parts]``."""
+    key, value = inputs.stores(tiles)
+    delta, grad_q, grad_w = results
+    _run(
+        query_kernel, inputs.programs(tiles),
+        inputs.q, key, value, inputs.indices, inputs.weights, inputs.lengths, grad_out, lse, delta, grad_q, grad_w,
+        inputs.scale, inputs.scale * LOG2E, inputs.sizes, *inputs.strides,
+        SINGLE=inputs.k.shape[2] <= tiles.block_c, DESCRIPTORS=tiles.descriptors, **inputs.options(tiles),
+    )  # fmt: skip
+
+
+def _key_gradients(
+    inputs: _Inputs,
+    grad_out: Tensor,
+    statistics: tuple[Tensor, Tensor],
+    table: ReverseMap,
+    results: tuple[Tensor, Tensor],
+    tiles: Launch,
+) -> None:
+    """Write dk and dv, a few heads at a time so that the parts of split lists need little memory."""
+    batch, num_chunks, chunk_size, num_kv_heads, head_dim = inputs.k.shape
+    per_head = max(1, table.max_parts) * chunk_size * head_dim
+    step = max(1, min(num_kv_heads, inputs.q.nbytes // (2 * 4 * per_head)))
+    parts = torch.empty(2, step * per_head, dtype=torch.float32, device=grad_out.device)
+    for first in range(0, num_kv_heads, step):
+        heads = min(step, num_kv_heads - first)
+        _run(
+            key_kernel, (table.piece_chunk.numel() * heads * triton.cdiv(chunk_size, tiles.block_c),),
+            inputs.q, inputs.k, inputs.v, inputs.weights, inputs.lengths, grad_out, *statistics,
+            table.order, table.piece_chunk, table.piece_start, table.piece_stop, table.piece_part,
+            *results, *parts, inputs.scale, inputs.scale * LOG2E, first, heads, inputs.sizes, *inputs.strides,
+            **inputs.options(tiles),
+        )  # fmt: skip
+        _run(
+            reduce_kernel, (batch * num_chunks * heads * triton.cdiv(chunk_size, 16),),
+            table.chunk_part, table.chunk_pieces, *results, *parts, first, heads,
+            chunk_size, num_kv_heads, head_dim, BLOCK_C=16, BLOCK_D=tiles.block_d, num_warps=4,
+        )  # fmt: skip
 
 
 @torch.library.custom_op("longhaul::gca_triton", mutates_args=())
@@ -110,26 +202,17 @@ def gca_triton(
     indices: Tensor,
     weights: Tensor,
     kv_lengths: Tensor | None,
+    reverse: Tensor | None,
     scale: float,
     softmax_off_by_one: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return the output and the base 2 log-sum-exp ``[B, N, K, H, S]`` (0 at empty slots)."""
-    q, k, v, indices, weights = q.contiguous(), _aligned(k), _aligned(v), indices.contiguous(), weights.contiguous()
-    lengths = indices if kv_lengths is None else kv_lengths.contiguous()
-    batch, num_groups, rows, num_heads, head_dim = q.shape
-    num_kv_heads, group = k.shape[3], num_heads // k.shape[3]
-    out = torch.empty_like(q)
-    lse = torch.empty(batch, num_groups, indices.shape[2], num_heads, rows, dtype=torch.float32, device=q.device)
-    tiles = launch("forward", rows * group, k.shape[2], head_dim, q.dtype)
-    grid = (triton.cdiv(rows * group, tiles.block_m) * num_groups * num_kv_heads * batch,)
-    _run(
-        forward_kernel, grid,
-        q, k, v, indices, weights, lengths, out, lse, scale * LOG2E, *_sizes(q, k, indices),
-        *k.stride()[:4], *v.stride()[:4],
-        G=group, HAS_LENGTHS=kv_lengths is not None, OFF_BY_ONE=softmax_off_by_one,
-        SINGLE=k.shape[2] <= tiles.block_c, BLOCK_M=tiles.block_m, BLOCK_C=tiles.block_c, BLOCK_D=tiles.block_d,
-        PRECISION=_precision(q), num_warps=tiles.num_warps, num_stages=STAGES,
-    )  # fmt: skip
+    inputs = _inputs(q, k, v, indices, weights, kv_lengths, scale)
+    out = torch.empty_like(inputs.q)
+    shape = (*indices.shape, q.shape[3], q.shape[2])
+    lse = torch.empty(shape, dtype=torch.float32, device=q.device)
+    run = functools.partial(_forward, inputs, softmax_off_by_one, (out, lse))
+    run(choose(inputs.shape("forward"), q.device, run))
     return out, lse
 
 
@@ -142,68 +225,31 @@ def gca_triton_backward(
     indices: Tensor,
     weights: Tensor,
     kv_lengths: Tensor | None,
+    reverse: Tensor | None,
     lse: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of q, k, v and weights."""
-    grad_out, q, k, v = grad_out.contiguous(), q.contiguous(), _aligned(k), _aligned(v)
-    indices, weights = indices.contiguous(), weights.contiguous()
-    lengths = indices if kv_lengths is None else kv_lengths.contiguous()
-    batch, num_groups, rows, num_heads, head_dim = q.shape
-    num_kv_heads, group = k.shape[3], num_heads // k.shape[3]
-    tiles = launch("query", rows * group, k.shape[2], head_dim, q.dtype)
-    blocks = triton.cdiv(rows * group, tiles.block_m)
-    grad_q, delta = torch.empty_like(q), torch.empty_like(lse)
-    grad_w = torch.empty(*indices.shape, num_kv_heads * blocks, dtype=torch.float32, device=q.device)
-    _run(
-        query_kernel, (blocks * num_groups * num_kv_heads * batch,),
-        q, k, v, indices, weights, lengths, grad_out, lse, delta, grad_q, grad_w,
-        scale, scale * LOG2E, *_sizes(q, k, indices), *k.stride()[:4], *v.stride()[:4],
-        G=group, HAS_LENGTHS=kv_lengths is not None, SINGLE=k.shape[2] <= tiles.block_c,
-        BLOCK_M=tiles.block_m, BLOCK_C=tiles.block_c, BLOCK_D=tiles.block_d, PRECISION=_precision(q),
-        num_warps=tiles.num_warps, num_stages=STAGES,
-    )  # fmt: skip
-    grad_k, grad_v = _key_gradients(
-        grad_out, (q, k, v), (indices, weights, lengths), (lse, delta), scale, lengths is not indices
+    inputs, grad_out = _inputs(q, k, v, indices, weights, kv_lengths, scale), grad_out.contiguous()
+    grad_q, delta = torch.empty_like(inputs.q), torch.empty_like(lse)
+    grad_k, grad_v = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
+
+    def parts_of_grad_w(tiles: Launch) -> Tensor:
+        shape = (*indices.shape, k.shape[3] * inputs.blocks(tiles))
+        return torch.empty(shape, dtype=torch.float32, device=q.device)
+
+    def run_query(tiles: Launch) -> Tensor:
+        grad_w = parts_of_grad_w(tiles)
+        _query_gradient(inputs, grad_out, lse, (delta, grad_q, grad_w), tiles)
+        return grad_w.sum(-1)
+
+    grad_w = run_query(choose(inputs.shape("query"), q.device, run_query))
+    table = (
+        ReverseMap.build(indices, k.shape[1]) if reverse is None else ReverseMap.unpack(reverse, indices, k.shape[1])
     )
-    return grad_q, grad_k, grad_v, grad_w.sum(-1)
-
-
-def _key_gradients(
-    grad_out: Tensor,
-    inputs: tuple[Tensor, Tensor, Tensor],
-    choice: tuple[Tensor, Tensor, Tensor],
-    statistics: tuple[Tensor, Tensor],
-    scale: float,
-    has_lengths: bool,
-) -> tuple[Tensor, Tensor]:
-    """Run the key kernel over the reverse map, a few heads at a time so that split lists need little memory."""
-    (q, k, v), (indices, weights, lengths) = inputs, choice
-    batch, num_chunks, chunk_size, num_kv_heads, head_dim = k.shape
-    group = q.shape[3] // num_kv_heads
-    tiles = launch("key", q.shape[2] * group, chunk_size, head_dim, q.dtype)
-    key_tiles, table = triton.cdiv(chunk_size, tiles.block_c), reverse_map(indices, num_chunks)
-    grad_k, grad_v = (torch.empty(k.shape, dtype=x.dtype, device=x.device) for x in (k, v))
-    per_head = max(1, table.max_parts) * chunk_size * head_dim
-    step = max(1, min(num_kv_heads, q.numel() * q.element_size() // (2 * 4 * per_head)))
-    parts = torch.empty(2, step * per_head, dtype=torch.float32, device=q.device)
-    for first in range(0, num_kv_heads, step):
-        heads = min(step, num_kv_heads - first)
-        _run(
-            key_kernel, (table.piece_chunk.numel() * heads * key_tiles,),
-            q, k, v, weights, lengths, grad_out, *statistics,
-            table.order, table.piece_chunk, table.piece_start, table.piece_stop, table.piece_part,
-            grad_k, grad_v, parts[0], parts[1], scale, scale * LOG2E, first, heads, *_sizes(q, k, indices)[1:],
-            *k.stride()[:4], *v.stride()[:4],
-            G=group, HAS_LENGTHS=has_lengths, BLOCK_M=tiles.block_m, BLOCK_C=tiles.block_c, BLOCK_D=tiles.block_d,
-            PRECISION=_precision(q), num_warps=tiles.num_warps, num_stages=STAGES,
-        )  # fmt: skip
-        _run(
-            reduce_kernel, (batch * num_chunks * heads * triton.cdiv(chunk_size, 16),),
-            table.chunk_part, table.chunk_pieces, grad_k, grad_v, parts[0], parts[1], first, heads,
-            chunk_size, num_kv_heads, head_dim, BLOCK_C=16, BLOCK_D=tiles.block_d, num_warps=4,
-        )  # fmt: skip
-    return grad_k, grad_v
+    run_key = functools.partial(_key_gradients, inputs, grad_out, (lse, delta), table, (grad_k, grad_v))
+    run_key(choose(inputs.shape("key"), q.device, run_key))
+    return grad_q, grad_k, grad_v, grad_w
 
 
 @gca_triton.register_fake
@@ -214,11 +260,11 @@ def _fake(
     indices: Tensor,
     weights: Tensor,
     kv_lengths: Tensor | None,
+    reverse: Tensor | None,
     scale: float,
     softmax_off_by_one: bool,
 ) -> tuple[Tensor, Tensor]:
-    batch, num_groups, rows, num_heads, _ = q.shape
-    lse = q.new_empty((batch, num_groups, indices.shape[2], num_heads, rows), dtype=torch.float32)
+    lse = q.new_empty((*indices.shape, q.shape[3], q.shape[2]), dtype=torch.float32)
     return torch.empty_like(q, memory_format=torch.contiguous_format), lse
 
 
@@ -231,6 +277,7 @@ def _fake_backward(
     indices: Tensor,
     weights: Tensor,
     kv_lengths: Tensor | None,
+    reverse: Tensor | None,
     lse: Tensor,
     scale: float,
 ) -> tuple[Tensor, ...]:
@@ -245,7 +292,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 def _differentiate(ctx: Any, grad_out: Tensor, _grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
     grad_q, grad_k, grad_v, grad_weights = gca_triton_backward(grad_out, *ctx.saved_tensors, ctx.scale)
-    return grad_q, grad_k, grad_v, None, grad_weights, None, None, None
+    return grad_q, grad_k, grad_v, None, grad_weights, None, None, None, None
 
 
 gca_triton.register_autograd(_differentiate, setup_context=_save)

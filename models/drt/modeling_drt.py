@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
-from kernels.gca import chunk_weights, retrieve_chunks
+from kernels.gca import chunk_weights, retrieve_chunks, reverse_index
 from models.blocks import BlockShape, DecoderBlock, Window, alibi_slopes
 from models.causal_lm import CausalLanguageModel, check_inputs, check_same_shape
 from models.drt.cache import DRTCache
@@ -161,7 +161,11 @@ class DRTModel(nn.Module):
             return call.cache.serve(group, indices, weights, memory)
         if not layout.retrieves:
             return None
-        return Retrieved(memory.keys, memory.values, layout.assign(weights, 0.0), layout.assign(indices, -1))
+        assigned = layout.assign(indices, -1)
+        # The fused backward walks the slots of each chunk: sorted here, once for the layers of the group.
+        sort = assigned.is_cuda and torch.is_grad_enabled()
+        reverse = reverse_index(assigned, memory.keys.shape[1]) if sort else None
+        return Retrieved(memory.keys, memory.values, layout.assign(weights, 0.0), assigned, reverse)
 
 
 class DRTForCausalLM(CausalLanguageModel):

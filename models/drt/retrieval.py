@@ -38,6 +38,8 @@ class Retrieved(NamedTuple):
     """Fusion weights ``[B, G, K]`` float32."""
     indices: Tensor
     """Numbers of the chunks ``[B, G, K]`` int32, -1 = empty."""
+    reverse: Tensor | None = None
+    """The indices sorted by chunk, once for all layers that share them; None: each backward sorts them itself."""
 
 
 class GroupedCrossAttention(nn.Module):
@@ -63,6 +65,7 @@ class GroupedCrossAttention(nn.Module):
             found.weights,
             softmax_off_by_one=self.softmax_off_by_one,
             implementation=self.implementation,
+            reverse=found.reverse,
         )
         return self.o_proj(layout.join(out).flatten(-2))
 
@@ -80,7 +83,7 @@ class RetrievalBlock(GradientCheckpointingLayer):
         self.input_layernorm = RMSNorm(shape.hidden_size, shape.norm_eps)
         self.post_attention_layernorm = RMSNorm(shape.hidden_size, shape.norm_eps)
 
-    def forward(self, x: Tensor, *found: Tensor, window: Window, layout: Layout) -> Tensor:
+    def forward(self, x: Tensor, *found: Tensor | None, window: Window, layout: Layout) -> Tensor:
         """Map ``[B, P, M]`` to the same shape.
 
         Args:

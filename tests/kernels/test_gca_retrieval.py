@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from kernels.gca import chunk_weights, retrieve_chunks
+from kernels.gca import chunk_weights, retrieve_chunks, selection
+from kernels.gca.selection import BLOCK
 
 
 def brute_force(total, hidden, top_k):
@@ -64,6 +65,7 @@ def test_row_blocks_change_nothing(monkeypatch):
 
     expected = run()
     monkeypatch.setattr("kernels.gca.retrieval.BLOCK", 300)
+    monkeypatch.setitem(BLOCK, "cpu", 300)
     for result, wanted in zip(run(), expected, strict=True):
         torch.testing.assert_close(result, wanted, atol=2e-6, rtol=0)
 
@@ -164,6 +166,44 @@ def test_an_inherited_precision_stays_inherited(own):
         assert backend.fp32_precision == ("ieee" if own == "none" else own)
     finally:
         torch.backends.fp32_precision, backend.fp32_precision = before
+
+
+@pytest.mark.parametrize("block", [32, 2**20])
+@pytest.mark.parametrize("form", ["causal", "ranges", "mask", "noise"])
+def test_decoding_over_many_landmarks_in_blocks(monkeypatch, block, form):
+    """A few rows over a long store in bfloat16: blocks of columns, converted one at a time; ties across blocks."""
+    generator = torch.Generator().manual_seed(7)
+    queries = torch.randint(-2, 3, (2, 2, 16), generator=generator).float()
+    landmarks = torch.randint(-2, 3, (2, 1000, 16), generator=generator).bfloat16()
+    visible = {
+        "causal": "causal",
+        "ranges": torch.tensor([[[3, 777], [500, 500]], [[0, 1000], [990, 993]]]),
+        "mask": torch.rand(2, 2, 1000, generator=generator) < 0.4,
+        "noise": "causal",
+    }[form]
+    noise = torch.randint(-9, 9, (2, 2, 1000), generator=generator).float() if form == "noise" else None
+    monkeypatch.setitem(BLOCK, "cpu", block)
+    monkeypatch.setattr("kernels.gca.selection.CONVERTED", 40 * block)
+    indices, scores = retrieve_chunks(queries, landmarks, 5, visible=visible, noise=noise)
+    dense = queries @ landmarks.float().mT / 4
+    column = torch.arange(1000)
+    if isinstance(visible, str):
+        hidden = (column >= torch.arange(998, 1000)[:, None]).expand(2, -1, -1)
+    elif visible.dtype == torch.bool:
+        hidden = ~visible
+    else:
+        hidden = (column < visible[..., :1]) | (column >= visible[..., 1:])
+    wanted = brute_force(dense if noise is None else dense + noise, hidden, 5)
+    assert torch.equal(indices, wanted)
+    found = dense.gather(-1, wanted.long().clamp(min=0)).masked_fill(wanted < 0, -torch.inf)
+    assert torch.equal(scores, found)
+
+
+def test_onednn_product_is_that_of_the_default():
+    query, keys = torch.randn(2, 40, 96), torch.randn(2, 70, 96)
+    exact = query.double() @ keys.double().mT
+    assert (selection._product(query, keys).double() - exact).abs().max() < 2e-5
+    assert selection._onednn_is_better() in (True, False)
 
 
 @pytest.mark.parametrize("options", [

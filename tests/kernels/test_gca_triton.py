@@ -20,7 +20,10 @@ def run(*arguments, interpret, folder):
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 
-@pytest.mark.parametrize("check", ["fixtures", "shapes", "pieces", "poison", "operator", "memory"])
+GROUPS = ["fixtures", "shapes", "descriptors", "far", "reverse", "pieces", "poison", "operator", "memory"]
+
+
+@pytest.mark.parametrize("check", GROUPS)
 def test_in_the_interpreter(check, tmp_path):
     """The interpreter must be chosen before Triton is imported: each group of checks is a process."""
     run(str(CHECKS), check, interpret=True, folder=tmp_path)
@@ -49,12 +52,12 @@ def test_refuses_what_it_cannot_run(gca_inputs, run_gca):
 
 
 def test_reverse_map_lists_every_filled_slot_once():
-    from kernels.gca.reverse_map import PIECE, reverse_map
+    from kernels.gca.reverse_map import PIECE, ReverseMap
 
     generator = torch.Generator().manual_seed(0)
     indices = torch.randint(-1, 5, (2, 30, 4), generator=generator, dtype=torch.int32)
     indices[1] = torch.where(indices[1] > 2, 0, indices[1])
-    table, flat = reverse_map(indices, 5), indices.flatten()
+    table, flat = ReverseMap.build(indices, 5), indices.flatten()
     parts = []
     for place in range(10):
         wanted = ((flat == place % 5) & (torch.arange(240) // 120 == place // 5)).nonzero().flatten().tolist()

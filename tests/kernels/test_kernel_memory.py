@@ -38,6 +38,12 @@ def test_retrieval_without_gradient():
         assert largest <= 8 * 2**22
 
 
+def test_retrieval_of_one_row_converts_landmarks_in_blocks():
+    queries, landmarks = torch.randn(1, 1, 64), torch.randn(1, 300_000, 64, dtype=torch.bfloat16)
+    peak, largest = allocations(lambda: retrieve_chunks(queries, landmarks, 8))
+    assert peak <= 6 * 2**22 and largest <= 4 * 2**22
+
+
 def test_retrieval_gradient_keeps_the_chosen_scores_only():
     queries, landmarks = (torch.randn(1, 2048, 64, requires_grad=True) for _ in range(2))
     _, scores = retrieve_chunks(queries, landmarks, 4)

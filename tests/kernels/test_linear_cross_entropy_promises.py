@@ -196,3 +196,11 @@ def test_operators():
     torch.library.opcheck(token_nll_operator, (hidden, weight.detach(), None, targets, *arguments, True, False))
     saved = [x if x is None else x.detach() for x in (hidden, weight, None, targets, torch.zeros(9))]
     torch.library.opcheck(token_nll_backward_operator, (saved, upstream, [True, True, False], *arguments, False))
+
+
+def test_products_of_a_gpu_return_float32():
+    """Without a GPU the meta device at least checks the calls: 16-bit factors, float32 results, sums in place."""
+    a, b = (torch.empty(n, 8, dtype=torch.bfloat16, device="meta") for n in (4, 3))
+    total = products.product(a, b)
+    assert total.dtype == torch.float32 and total.shape == (4, 3)
+    assert products.add_product(total, a, b) is total

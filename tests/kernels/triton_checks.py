@@ -1,16 +1,20 @@
 """Checks of the Triton kernels in Triton's interpreter; run as a program: `TRITON_INTERPRET=1 python ... NAME`."""
 
+import dataclasses
 import json
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 
 import kernels.gca.reverse_map
+import kernels.gca.triton
 from benchmarks.measure import allocations, poisoned
-from kernels.gca import grouped_cross_attention
-from kernels.gca.triton import gca_triton
+from kernels.gca import grouped_cross_attention, reverse_index
+from kernels.gca.launch import candidates
+from kernels.gca.triton import gca_triton, gca_triton_backward
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "gca"
 NAMES = ("q", "k", "v", "indices", "weights")
@@ -78,6 +82,63 @@ def pieces():
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
+def descriptors():
+    """Tiles read by tensor descriptors are those read by pointers: ragged edges, padding, empty slots, long chunks."""
+    cases = [
+        {"D": 64, "C": 63, "S": 64, "E": 5, "K": 3},
+        {"D": 24, "C": 9, "H": 4, "Hk": 2},
+        {"D": 32, "C": 150, "S": 17, "E": 2},
+    ]
+    asked = []
+
+    def choose(shape, device, run):
+        tiles = candidates(shape, 0)[0]
+        asked.append(shape.descriptors)
+        return dataclasses.replace(tiles, descriptors=shape.descriptors)
+
+    for number, shape in enumerate(cases):
+        for ragged in (False, True):
+            tensors = inputs(**shape, dtype=torch.float16, ragged=ragged)
+            tensors["indices"][0, 0, 0] = -1
+            expected = run(tensors, softmax_off_by_one=number == 0)
+            default, kernels.gca.triton.choose = kernels.gca.triton.choose, choose
+            results = run(tensors, softmax_off_by_one=number == 0)
+            kernels.gca.triton.choose = default
+            assert all(torch.equal(results[key], expected[key]) for key in expected)
+    assert asked == [True, True, False] * 6  # forward, query and key kernel
+
+
+def far():
+    """Heads and keys further apart than 2^31 elements, in a file that takes no room."""
+    tensors = inputs(N=2, H=3, Hk=3, C=3, dtype=torch.float16)
+    step = 2**30 + 8  # as a factor it fits 32 bits, twice it does not
+    for strides in ((0, 48, 16, step, 1), (0, 48, step, 16, 1)):
+        with tempfile.NamedTemporaryFile() as file:
+            whole = torch.from_file(file.name, shared=True, size=2 * step + 1000, dtype=torch.float16)
+            starts = (("k", 0), ("v", 400))
+            far_off = {name: whole[start:].as_strided((1, 4, 3, 3, 16), strides) for name, start in starts}
+            for name, x in far_off.items():
+                x.copy_(tensors[name])
+            leaves = [(far_off | tensors)[n] if n not in far_off else far_off[n] for n in NAMES]
+            out, lse = gca_triton(*leaves, None, None, 0.25, False)
+            grads = gca_triton_backward(tensors["grad_out"], *leaves, None, None, lse, 0.25)
+        expected = run(tensors, "triton", scale=0.25)
+        results = dict(zip(expected, (out, *grads), strict=True))
+        assert all(torch.equal(results[key], expected[key]) for key in expected)
+
+
+def reverse():
+    """The index of a retrieval, sorted once, gives the same bits; one of another retrieval is refused by its size."""
+    tensors = inputs(B=2, N=4, S=3, H=2, Hk=2, K=3, E=2, C=4)
+    index = reverse_index(tensors["indices"], 2)
+    expected, results = run(tensors), run(tensors, reverse=index)
+    assert all(torch.equal(results[key], expected[key]) for key in expected)
+    per_head = tensors | {n: tensors[n][:, :, None].expand(-1, -1, 2, -1).contiguous() for n in ("indices", "weights")}
+    expected = run(per_head)
+    results = run(per_head, reverse=reverse_index(per_head["indices"], 2))
+    assert all(torch.equal(results[key], expected[key]) for key in expected)
+
+
 def poison():
     """NaN in dead memory and in fresh buffers leaves no trace."""
     tensors = inputs(B=2, N=2, E=9, C=6, ragged=True)
@@ -99,11 +160,19 @@ def poison():
 def operator():
     tensors = inputs(N=2, S=2)
     leaves = [tensors[n].requires_grad_(tensors[n].is_floating_point()) for n in NAMES]
-    torch.library.opcheck(gca_triton, (*leaves, None, 0.5, True))
+    torch.library.opcheck(gca_triton, (*leaves, None, None, 0.5, True))
+    plain = [leaf.detach() for leaf in leaves]
+    lse = gca_triton(*plain, None, None, 0.5, True)[1]
+    index = reverse_index(tensors["indices"], 4)
+    torch.library.opcheck(gca_triton_backward, (tensors["grad_out"], *plain, None, index, lse, 0.5))
     strided = tensors | {n: tensors[n].transpose(1, 2).contiguous().transpose(1, 2) for n in ("k", "v")}
     compare(run(strided), run(tensors, "cpu"), 8e-6)
     compiled = torch.compile(grouped_cross_attention, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(*leaves, implementation="triton"), run(tensors, "cpu")["out"])
+    expected = run(tensors, "cpu")
+    out = compiled(*leaves, implementation="triton", reverse=index)
+    out.backward(tensors["grad_out"])
+    torch.testing.assert_close(out, expected["out"])
+    torch.testing.assert_close(leaves[1].grad, expected["grad_k"])
     try:
         run({key: t.bfloat16() if key in "qkv" else t for key, t in tensors.items()})
     except ValueError as error:
