@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -32,8 +32,6 @@ REPORT = ["registers", "stack", "shared", "mma", "tma"]
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 Problem = tuple[torch.dtype, int, int, int, int, bool]
 """dtype, S, G, C, D, options (off by one and ragged lengths)."""
-Compiled = dict[str, Any]
-"""A row of the report."""
 
 
 class StubDriver:
@@ -119,14 +117,9 @@ def _launch(problem: Problem) -> None:
 
 
 def compile_problems(
-    problems: list[Problem], numbers: Iterable[int], archs: Iterable[int] = ARCHS
-) -> Iterator[Compiled]:
-    """Compile the kernels of each shape.
-
-    Args:
-        problems: the shapes.
-        numbers: which of the launches that autotuning chooses from; 0 = the default, -1 = the last.
-        archs: compute capabilities.
+    problems: list[Problem], *, tuned: bool, archs: tuple[int, ...] = ARCHS
+) -> Iterator[dict[str, Any]]:
+    """Compile the kernels of each shape, with the default tiles or with all that autotuning may choose.
 
     Yields:
         One row a kernel: what it is, its tiles, and the compiler's report.
@@ -137,7 +130,7 @@ def compile_problems(
         triton.runtime.driver.set_active(StubDriver(arch))
         for problem in problems:
             done: set[tuple[str, Launch | None]] = set()
-            for number in numbers:
+            for number in range(12 if tuned else 1):
                 chosen: dict[str, Launch] = {}
 
                 def choose(
@@ -156,7 +149,7 @@ def compile_problems(
                         yield _row(name, arch, problem, chosen.get(name), kernel)
 
 
-def _row(name: str, arch: int, problem: Problem, tiles: Launch | None, kernel: Any) -> Compiled:
+def _row(name: str, arch: int, problem: Problem, tiles: Launch | None, kernel: Any) -> dict[str, Any]:
     dtype, rows, group, chunk, size, options = problem
     registers, stack = _resources(kernel.asm["cubin"])
     code = kernel.asm["ptx"]
@@ -170,7 +163,7 @@ def _row(name: str, arch: int, problem: Problem, tiles: Launch | None, kernel: A
     return dict(zip(FACTS + TILES + REPORT, values, strict=True))
 
 
-def problem_of(row: Compiled) -> str | None:
+def problem_of(row: dict[str, Any]) -> str | None:
     """Say what is wrong with a compiled kernel; None if nothing is."""
     if row["stack"]:
         return f"spills {row['stack']} bytes"
@@ -183,13 +176,13 @@ def problem_of(row: Compiled) -> str | None:
     return None
 
 
-def report(quick: bool) -> Iterator[Compiled]:
-    """Yield all rows, or those of one shape with the default tiles and the last ones (descriptors, where possible)."""
+def report(quick: bool) -> Iterator[dict[str, Any]]:
+    """Yield all rows, or the default tiles of two shapes and one shape's descriptors."""
     if quick:
-        yield from compile_problems([(torch.bfloat16, 64, 1, 63, 64, True)], (0, -1))
+        yield from compile_problems([(torch.bfloat16, 64, 1, 63, size, True) for size in (64, 128)], tuned=False)
     else:
-        yield from compile_problems(default_problems(), (0,))
-        yield from compile_problems(tuned_problems(), range(12))
+        yield from compile_problems(default_problems(), tuned=False)
+        yield from compile_problems(tuned_problems(), tuned=True)
 
 
 def main(quick: bool) -> int:
