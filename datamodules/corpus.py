@@ -23,7 +23,7 @@ from datamodules.corpus_format import (
     read_meta,
     token_dtype,
 )
-from datamodules.tokenizer_identity import tokenizer_identity
+from datamodules.tokenizer_identity import IDENTITY_PREFIX, tokenizer_identity
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -130,9 +130,9 @@ class TokenCorpus:
         return str(self.meta["identity"])
 
     def made_by(self, tokenizer: PreTrainedTokenizerFast) -> bool | None:
-        """Say whether this is the tokenizer that the corpus was made with; None if that is not known."""
-        made_by = self.meta.get("tokenizer")
-        return None if made_by is None else bool(made_by == tokenizer_identity(tokenizer))
+        """Say whether this is the tokenizer that the corpus was made with; None if no identity of one is noted."""
+        made_by = str(self.meta.get("tokenizer"))
+        return made_by == tokenizer_identity(tokenizer) if made_by.startswith(IDENTITY_PREFIX) else None
 
     def misfit(self, *, vocab_size: int | None, eos_token_ids: Collection[int]) -> str:
         """Say why a model cannot read this corpus; empty if nothing known speaks against it.

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     # Importing transformers takes seconds, and encoding processes import this module without needing it.
     from transformers import PreTrainedTokenizerFast
 
+IDENTITY_PREFIX = "sha256:"
+
 
 def canonical_backend(tokenizer: PreTrainedTokenizerFast) -> str:
     """Return ``tokenizer.json`` in one form: sorted keys, without the state of the last call (padding, truncation)."""
@@ -20,4 +22,4 @@ def canonical_backend(tokenizer: PreTrainedTokenizerFast) -> str:
 
 def tokenizer_identity(tokenizer: PreTrainedTokenizerFast) -> str:
     """Return ``sha256:...`` of what the tokenizer does, whatever its path or name."""
-    return f"sha256:{digest(json.loads(canonical_backend(tokenizer)))}"
+    return f"{IDENTITY_PREFIX}{digest(json.loads(canonical_backend(tokenizer)))}"

@@ -10,7 +10,10 @@ from datamodules import corpus as corpus_module
 from datamodules.corpus import open_corpus
 from datamodules.corpus_format import canonical_json, file_sha256, identity_of
 from datamodules.packed_text import TokenCorpus
+from datamodules.tokenizer_identity import tokenizer_identity
 from preprocess.index import CorpusWriter
+from preprocess.tokenizers import byte_tokenizer
+from preprocess.train_bpe import train_bpe
 
 DOCUMENTS = [[5, 6, 7], [], [8], list(range(200, 250))]
 
@@ -197,6 +200,13 @@ def test_tokens_in_use_are_found_wherever_they_are(tmp_path, monkeypatch):
     used = {5, 6, 7, 8, *range(200, 250), 256}
     assert {token for token in range(-2, 400) if corpus.contains(token)} == used
     assert not write(tmp_path / "empty", documents=[]).contains(5)
+
+
+def test_the_tokenizer_is_known_by_its_identity_only(tmp_path):
+    mine, other = byte_tokenizer(), train_bpe(["a b"], vocab_size=260)
+    corpus = write(tmp_path / "known", tokenizer=tokenizer_identity(mine))
+    assert corpus.made_by(mine) is True and corpus.made_by(other) is False
+    assert write(tmp_path / "named", tokenizer="gpt2").made_by(mine) is None
 
 
 @pytest.mark.parametrize(
