@@ -20,7 +20,7 @@ from kernels.linear_cross_entropy.gradients import Gradients
 from kernels.linear_cross_entropy.products import add_product, operand_dtype, transposed
 from kernels.linear_cross_entropy.tiles import Running, Tile
 
-IGNORED = -1
+IGNORED = torch.iinfo(torch.int64).min  # what ignore_index becomes; no target anyone means
 # Logits of a tile (8 MB of float32 on a CPU, 128 MB on a GPU) and the entries of a stripe when there are many rows.
 TILE = {"cpu": 2**21, "cuda": 2**25}
 STRIPE = {"cpu": 512, "cuda": 4096}
