@@ -52,6 +52,14 @@ def test_dense_mask_other_families(family, mode):
         )
 
 
+@pytest.mark.parametrize("family", ["mistral_window", "gemma3"])
+@pytest.mark.parametrize("mode", ["AR", "HR", "HL", "order"])
+def test_windows_measure_positions_wherever_they_are(family, mode):
+    """Positions below zero, overlapping ones, and spans that only just exceed the window."""
+    for prefix, lengths in ((0, (2, 9, 5)), (1, (8, 3)), (2, (1, 6))):
+        compare_with_reference(tiny_model(family, layers=2), prefix, lengths, mode)
+
+
 @pytest.mark.parametrize("implementation", ["grouped", "eager"])
 def test_implementations_agree_with_the_definition(implementation):
     for family in ("llama", "gemma2", "mistral_window"):
