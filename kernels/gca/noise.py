@@ -1,6 +1,7 @@
 """Gumbel noise from counters: the value at (seed, batch row, row, column) does not depend on what else is drawn.
 
 So the noise of a retrieval is the same however its scores are cut into blocks, and only what is looked at is drawn.
+With a seed for every batch row it is also the same however samples are dealt to batches and processes.
 
 Legend: B batch, R rows, E columns.
 """
@@ -13,16 +14,23 @@ GOLDEN, MIX_1, MIX_2 = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCE
 SHORT_1, SHORT_2 = 0x21F0AAAD, 0x735A2D97
 
 
-def draw_seed(device: torch.device, generator: torch.Generator | None) -> Tensor:
-    """Draw one integer from a generator (None = the default one); it stays on the device."""
+def draw_seed(device: torch.device, generator: torch.Generator | Tensor | None) -> Tensor:
+    """Draw one integer from a generator (None = the default one); it stays on the device. Seeds are passed on."""
+    if isinstance(generator, Tensor):
+        return generator
     return torch.empty((), dtype=torch.int64, device=device).random_(generator=generator)
+
+
+def row_seeds(seed: int, numbers: Tensor) -> Tensor:
+    """Return well mixed seeds int64 ``[B]`` of (seed, number), for numbers int64 ``[B]``, on their device."""
+    return _mix(_mix(numbers * GOLDEN + GOLDEN) + seed)
 
 
 def gumbel(seed: Tensor, batch: int, rows: slice, columns: slice) -> Tensor:
     """Compute ``-log(Exp(1))`` of the counters in ``[0, batch) x rows x columns``.
 
     Args:
-        seed: int64 scalar.
+        seed: int64 scalar; or ``[B]``, one for each batch row, whose number then does not enter.
         batch: B.
         rows: first and last row number.
         columns: first and last column number.
@@ -31,7 +39,8 @@ def gumbel(seed: Tensor, batch: int, rows: slice, columns: slice) -> Tensor:
         float32 ``[B, R, E]`` on the device of the seed.
     """
     row = torch.arange(rows.start, rows.stop, device=seed.device)
-    key = _mix(seed + ((torch.arange(batch, device=seed.device)[:, None] << 32) + row + 1) * GOLDEN)[..., None]
+    number = torch.arange(batch, device=seed.device)[:, None] << 32 if seed.dim() == 0 else 0
+    key = _mix(seed[..., None] + (number + row + 1) * GOLDEN)[..., None]
     column = torch.arange(columns.start, columns.stop, device=seed.device, dtype=torch.int32) * SHORT_2
     # Both halves of a row's key enter, so that no two rows are shifted copies of each other.
     bits = (key.int() + column).contiguous()

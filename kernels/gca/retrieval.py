@@ -28,7 +28,7 @@ def retrieve_chunks(
     *,
     visible: Visible = "causal",
     noise: Noise = None,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Select the ``top_k`` visible chunks of largest ``s + noise``, with ``s = q . l / sqrt(M)``.
 
@@ -39,13 +39,14 @@ def retrieve_chunks(
         visible: "causal": row i is chunk number E - N + i and sees strictly earlier chunks; or int ``[B or 1, N, 2]``
             half-open ranges; or bool ``[B or 1, N, E]``.
         noise: None, "gumbel" (independent ``-log(Exp(1))`` per row and chunk) or ``[B, N, E]``.
-        generator: source of the seed of the noise; None = the default one of the device.
+        generator: source of the seed of the noise; None = the default one of the device. Or the seeds, int64 ``[B]``:
+            a row's noise then depends on its seed alone.
 
     Returns:
         ``indices`` int32 ``[B, N, K]``, best first, ties to the lower chunk, -1 where fewer are visible; ``scores``
         ``[B, N, K]`` without noise, -inf at empty slots, differentiable in queries and landmarks.
     """
-    _check(queries, landmarks, top_k, visible, noise)
+    _check(queries, landmarks, top_k, visible, noise, generator)
     acc = torch.promote_types(queries.dtype, torch.float32)
     with torch.autocast(queries.device.type, enabled=False), _exact_products(queries.device):
         q = queries.to(acc)
@@ -137,7 +138,14 @@ def _add_rows(total: Tensor, index: Tensor, update: Tensor) -> None:
         total.index_add_(0, index, update)
 
 
-def _check(queries: Tensor, landmarks: Tensor, top_k: int, visible: Visible, noise: Noise) -> None:
+def _check(
+    queries: Tensor,
+    landmarks: Tensor,
+    top_k: int,
+    visible: Visible,
+    noise: Noise,
+    generator: torch.Generator | Tensor | None,
+) -> None:
     if queries.dim() != 3 or landmarks.dim() != 3 or queries.shape[::2] != landmarks.shape[::2]:
         raise ValueError(
             f"expected queries [B, N, M] and landmarks [B, E, M], got {list(queries.shape)} and {list(landmarks.shape)}"
@@ -158,5 +166,7 @@ def _check(queries: Tensor, landmarks: Tensor, top_k: int, visible: Visible, noi
             )
     if isinstance(noise, Tensor) and noise.shape != (batch, rows, chunks):
         raise ValueError(f"noise must be [B, N, E] = {[batch, rows, chunks]}, got {list(noise.shape)}")
+    if isinstance(generator, Tensor) and (generator.shape != (batch,) or generator.dtype != torch.int64):
+        raise ValueError(f"seeds must be int64 [B] = {[batch]}, got {generator.dtype} {list(generator.shape)}")
     if isinstance(noise, str) and noise != "gumbel":
         raise ValueError(f"noise must be None, 'gumbel' or a tensor, got {noise!r}")

@@ -40,8 +40,8 @@ class Rules:
 
     @classmethod
     def make(
-        cls, visible: Tensor | None, noise: Tensor | str | None, offset: int, generator: torch.Generator | None,
-        device: torch.device,
+        cls, visible: Tensor | None, noise: Tensor | str | None, offset: int,
+        generator: torch.Generator | Tensor | None, device: torch.device,
     ) -> "Rules":  # fmt: skip
         """Draw the seed, if there is to be drawn noise."""
         seed = draw_seed(device, generator) if isinstance(noise, str) else None

@@ -15,6 +15,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
 from kernels.gca import chunk_weights, retrieve_chunks, reverse_index
+from kernels.gca.noise import row_seeds
 from models.blocks import BlockShape, DecoderBlock, Window, alibi_slopes
 from models.causal_lm import CausalLanguageModel, check_inputs, check_same_shape
 from models.drt.cache import DRTCache
@@ -41,9 +42,13 @@ class Call:
 
     layout: Layout
     cache: DRTCache | None = None
-    generator: torch.Generator | None = None
+    generator: torch.Generator | Tensor | None = None
     hidden_states: list[Tensor] | None = None
     retrieval: list[tuple[Tensor, Tensor]] | None = None
+
+    def noise_source(self, group: int) -> torch.Generator | Tensor | None:
+        """Return where the noise of a retrieval comes from: seeds of rows are mixed with the number of the group."""
+        return row_seeds(group, self.generator) if isinstance(self.generator, Tensor) else self.generator
 
     def record(self, x: Tensor) -> None:
         """Keep the text positions of ``[B, P, M]`` if hidden states are wanted."""
@@ -152,7 +157,7 @@ class DRTModel(nn.Module):
             config.chunk_top_k,
             visible=layout.visible,
             noise=noise,
-            generator=call.generator if noise else None,
+            generator=call.noise_source(group) if noise else None,
         )
         weights = chunk_weights(scores)
         if call.retrieval is not None:
@@ -202,7 +207,7 @@ class DRTForCausalLM(CausalLanguageModel):
         logits_to_keep: int | Tensor = 0,
         output_hidden_states: bool | None = None,
         output_retrieval: bool = False,
-        retrieval_generator: torch.Generator | None = None,
+        retrieval_generator: torch.Generator | Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
     ) -> DRTOutput:
@@ -218,7 +223,8 @@ class DRTForCausalLM(CausalLanguageModel):
             logits_to_keep: Return only the last so many logits (0 = all), or those at these positions.
             output_hidden_states: Return embeddings and block outputs at the text positions, the last one normed.
             output_retrieval: Return the retrieval of the chunks completed in this call.
-            retrieval_generator: Source of the retrieval noise in training mode.
+            retrieval_generator: Source of the retrieval noise in training mode: a generator, or seeds of the rows,
+                int64 ``[B]``, on which alone the noise of a row then depends.
             num_items_in_batch: Divisor of the summed loss; None = the number of counted targets.
             **kwargs: ``return_dict``; anything that cannot be honoured is refused.
 

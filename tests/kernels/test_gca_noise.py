@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kernels.gca import retrieve_chunks
-from kernels.gca.noise import draw_seed, gumbel
+from kernels.gca.noise import draw_seed, gumbel, row_seeds
 from kernels.gca.selection import BLOCK
 
 
@@ -60,3 +60,20 @@ def test_retrieval_does_not_depend_on_its_blocks(monkeypatch, block):
     assert torch.equal(indices, expected[0])
     torch.testing.assert_close(scores, expected[1])
     assert not torch.equal(retrieve_chunks(queries, landmarks, 4)[0], expected[0])
+
+
+def test_seeds_of_rows_make_noise_that_knows_no_batch():
+    seeds = row_seeds(7, torch.tensor([4, 9, 2]))
+    together = gumbel(seeds, 3, slice(0, 30), slice(0, 50))
+    for number, alone in zip((4, 9, 2), together, strict=True):
+        assert torch.equal(gumbel(row_seeds(7, torch.tensor([number])), 1, slice(0, 30), slice(0, 50))[0], alone)
+    assert len(set(row_seeds(7, torch.arange(1000)).tolist()) | set(row_seeds(8, torch.arange(1000)).tolist())) == 2000
+    correlation = torch.corrcoef(gumbel(row_seeds(0, torch.arange(6)), 6, slice(0, 200), slice(0, 200)).flatten(1))
+    assert (correlation - torch.eye(6)).abs().max() < 3.5 / 200
+
+
+def test_seeds_must_be_one_for_each_row():
+    queries, landmarks = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
+    for seeds in (torch.zeros(3, dtype=torch.int64), torch.zeros(2)):
+        with pytest.raises(ValueError, match="seeds must be int64"):
+            retrieve_chunks(queries, landmarks, 1, noise="gumbel", generator=seeds)
