@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Self
 
-from models.checks import GCAImplementation, check_choice, check_heads, check_positive, check_token_ids
+from models.checks import GCAImplementation, check_choice, check_heads, check_positive
 from models.window_config import WindowConfig, published_fields
 
 _RENAMES = {
@@ -81,16 +81,8 @@ class DRTConfig(WindowConfig):
     def _check_parts(self) -> None:
         kv_heads = {"chunk_num_key_value_heads": self.chunk_num_kv_heads}
         check_heads(self.hidden_size, self.num_attention_heads, kv_heads)
-        if self.head_dim % 2:
-            raise ValueError(
-                f"hidden_size / num_attention_heads must be even for rotary positions, got {self.head_dim}"
-            )
-        check_token_ids(self.vocab_size, {"landmark_token_id": self.landmark_token_id})
-        others = {name: getattr(self, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        if self.landmark_token_id is None or self.landmark_token_id in others.values():
-            raise ValueError(
-                f"landmark_token_id must be a token of its own, got {self.landmark_token_id} beside {others}"
-            )
+        self.check_rotary()
+        self.check_landmark(self.landmark_token_id)
         check_choice("retrieval_noise", self.retrieval_noise, Literal["gumbel", None])
         check_choice("gca_implementation", self.gca_implementation, GCAImplementation)
 
