@@ -30,6 +30,7 @@ def common_words_draft(name: str, seed: int, index: int, num_tokens: int) -> Dra
         common += [] if any(word in answer or answer in word for answer in common) else [word]
     others = Growing(word for word in source if not any(answer in word for answer in common))
     before, after = cut(texts["template"])
+    key = f"{name}/{seed}/{index}"
     shot_list = _numbered(
         shot[:num_common], shot_common, shot[num_common:], shot_uncommon, f"{name}/{seed}/{index}/shot"
     )
@@ -37,7 +38,7 @@ def common_words_draft(name: str, seed: int, index: int, num_tokens: int) -> Dra
     example = f"{before}{shot_list}{after}{texts['answer_prefix']} {solved}\n"
 
     def context(size: int) -> str:
-        return _numbered(common, repeats["common"], others.first(size), repeats["uncommon"], f"{place}/{size}")
+        return _numbered(common, repeats["common"], others.first(size), repeats["uncommon"], f"{key}/{size}")
 
     return Draft(
         example + before,

@@ -56,7 +56,7 @@ def needle_draft(name: str, seed: int, index: int, essay: Sequence[str] | None) 
     rng.shuffle(facts)
     state = _texts(name, task, _joined([key for key, _ in asked]))
     needle = state["needle"]
-    needles = [fill(needle, {"key": key, "value": value}) for key, values_ in facts for value in values_]
+    needles = [fill(needle, {"key": key, "value": value}) for key, own in facts for value in own]
     rng.shuffle(needles)
     depths = [rng.random() for _ in needles]
     haystack: Callable[[int], str]
@@ -73,7 +73,7 @@ def needle_draft(name: str, seed: int, index: int, essay: Sequence[str] | None) 
         haystack,
         state["question"],
         state["answer_prefix"],
-        [value for _, values_ in asked for value in values_],
+        [value for _, own in asked for value in own],
         state["max_new_tokens"],
     )
 
@@ -83,7 +83,7 @@ def _texts(name: str, task: NeedleTask, query: str) -> dict[str, Any]:
     if name in RECALL_TASKS:
         return RECALL | {"answer_prefix": fill(RECALL["answer_prefix"], {"query": query})}
     templates = load_templates("ruler")
-    plural = {"numbers": "numbers", "uuids": "uuids", "words": "words"}[task.values]
+    plural: str = task.values
     one = task.num_queries * task.num_values == 1
     texts = templates["templates"]["niah"] | (templates["singular"]["niah"] if one else {})
     fields = {"type": plural.removesuffix("s") if one else plural, "query": query}
