@@ -29,7 +29,8 @@ class CompressedContext:
     """What a model keeps of the rows it has read: a cache whose closed spans are down to their slots."""
 
     cache: EvictingCache
-    sentinels: Sentinels
+    sentinels: Sentinels | None
+    """None for a context that was shortened otherwise, see `patches.sentinel.rule_generation`."""
     next_position: Tensor
     """``[B]`` int64: position of the next token."""
     next_logits: Tensor
@@ -87,12 +88,16 @@ class CompressedContext:
         """
         from patches.sentinel.generation import SentinelGenerator  # it builds contexts itself
 
+        if self.sentinels is None:
+            raise ValueError("this context has no sentinels: continue it with the generator that made it")
         generator = SentinelGenerator(self.sentinels, context=self)
         return model.generate(input_ids, custom_generate=generator, **generate_options)
 
     def save(self, path: str | Path) -> None:
         """Write the context to one safetensors file."""
         tensors = self.cache.state() | {"next_position": self.next_position, "next_logits": self.next_logits}
+        if self.sentinels is None:
+            raise ValueError("only a context with sentinels is saved; save its cache instead")
         ids = " ".join(map(str, self.sentinels.ids))
         write_tensors(path, tensors, {"num_seen": str(self.cache.num_seen), "sentinels": ids})
 

@@ -6,6 +6,7 @@ fed when the span is closed. Plans depend on positions only, hence whole plans a
 Legend: B batch, P physical cache entries, K slots of a span, N folds of a call.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -26,6 +27,8 @@ class Budget:
     span_length: int
     num_sinks: int
     recent_tokens: int
+    may_drop: bool = True
+    """Drop the oldest slots where nothing is left to fold; else wait until there is."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,8 @@ def plan_row(plain: np.ndarray, groups: dict[int, tuple[int, int]], budget: Budg
         outside = foldable[: edges[-2]]
         if worth.any():
             begin, size = edges[int(worth.argmax())], min(int(lengths[worth.argmax()]), budget.span_length)
+        elif not budget.may_drop:
+            break
         elif held or len(outside):
             oldest = min(held, key=lambda group: group[0], default=None)
             if oldest is not None and (not len(outside) or oldest[0] <= outside[0]):
@@ -105,11 +110,11 @@ def _forget(plan: RowPlan, owner: int | Fold) -> None:
         plan.gone_spans.append(owner)
 
 
-def plan_rows(cache: EvictingCache, budget: Budget, slots: int) -> list[RowPlan]:
-    """Plan every row of a cache."""
+def plan_rows(cache: EvictingCache, budgets: Sequence[Budget], slots: int) -> list[RowPlan]:
+    """Plan every row of a cache, each with its own limits."""
     plans = []
     fields = torch.stack([cache.kind, cache.span, cache.position_ids]).cpu().numpy()
-    for kind, span, position in fields.transpose(1, 0, 2):
+    for (kind, span, position), budget in zip(fields.transpose(1, 0, 2), budgets, strict=True):
         closed = kind == SLOT
         numbers, first, sizes = np.unique(span[closed], return_index=True, return_counts=True)
         places = position[closed][first]

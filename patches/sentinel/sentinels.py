@@ -102,8 +102,13 @@ def add_sentinels(
     return sentinels
 
 
-def suppress(logits: Tensor, sentinels: Sentinels) -> Tensor:
-    """Return a copy of logits ``[..., V]`` with the sentinel columns at -inf; gradients reach the others."""
+def suppress(logits: Tensor, sentinels: Sentinels | None) -> Tensor:
+    """Return a copy of logits ``[..., V]`` with the sentinel columns at -inf; gradients reach the others.
+
+    A model without sentinels has nothing to hide: its logits come back as they are.
+    """
+    if sentinels is None:
+        return logits
     columns = torch.tensor(sentinels.ids, device=logits.device)
     return logits.index_fill(-1, columns, float("-inf"))
 
