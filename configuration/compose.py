@@ -171,11 +171,14 @@ def _quoted(argument: str) -> str:
 
 
 def _group_problems(override: Override, choices: list[str]) -> list[str]:
-    choice = override.value()
-    if override.is_delete() or choice in choices:
-        return []
-    near = did_you_mean(str(choice), choices)
-    return [f"unknown choice {override.key_or_group}={choice}{near}; choices: {', '.join(choices)}"]
+    value = override.value()
+    wanted = value if isinstance(value, list) else [value]  # group=[a,b] takes both
+    unknown = [] if override.is_delete() else [choice for choice in wanted if choice not in choices]
+    return [
+        f"unknown choice {override.key_or_group}={choice}{did_you_mean(str(choice), choices)}; "
+        f"choices: {', '.join(choices)}"
+        for choice in unknown
+    ]
 
 
 def _scale_last(recipe: str, lines: list[str]) -> list[str]:
@@ -189,7 +192,17 @@ def _scale_last(recipe: str, lines: list[str]) -> list[str]:
     found = sorted(path.stem for path in (RECIPES / "sizes" / method).glob("*.yaml"))
     if scale not in found:
         raise ConfigError([f"recipe={recipe} has no scale={scale}; choices: {', '.join(found)}"])
-    return [*(line for line in lines if not line.startswith("scale=")), f"+scale={scale}", f"+sizes/{method}={scale}"]
+    # What a scale means for the trainer and its loaders has no place in a recipe without one.
+    general = [f"+scale={scale}"] if _trains(recipe) else []
+    return [*(line for line in lines if not line.startswith("scale=")), *general, f"+sizes/{method}={scale}"]
+
+
+def _trains(recipe: str) -> bool:
+    """Whether a recipe, or one that it inherits, chooses a trainer."""
+    loaded = yaml.safe_load((RECIPES / f"{recipe}.yaml").read_text(encoding="utf-8"))
+    entries = loaded.get("defaults", [])
+    parents = [entry for entry in entries if isinstance(entry, str) and (RECIPES / f"{entry}.yaml").is_file()]
+    return any(isinstance(entry, dict) and "trainer" in entry for entry in entries) or any(map(_trains, parents))
 
 
 def _hydra(recipe: str, overrides: list[str]) -> DictConfig:

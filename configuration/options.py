@@ -79,6 +79,15 @@ class TaskOptions:
         trainer: ``lightning.pytorch.Trainer`` options (a task that trains).
         sweep: what a sweep varies.
         output_dir: folder for results, as ``output``, of a sweep.
+        patch: inference-time method over the model (an option group); null: the model as it is.
+        documents: files or folders with the context of a prompt (generate).
+        lengths: context lengths of a sweep over parallel contexts.
+        degrees: its numbers of pieces.
+        prefixes: its shared prefixes.
+        selections: its selections of pieces.
+        keep_tail: last tokens of each text, which it scores.
+        unsplit: tokens before them that no piece holds.
+        max_documents: documents that it reads for each length.
     """
 
     recipe: str
@@ -101,3 +110,12 @@ class TaskOptions:
     trainer: dict[str, Any] = field(default_factory=dict)
     sweep: dict[str, Any] = field(default_factory=dict)
     output_dir: str | None = None
+    patch: dict[str, Any] | None = None
+    documents: str | list[str] | None = None
+    lengths: list[int] = field(default_factory=list)
+    degrees: list[int] = field(default_factory=list)
+    prefixes: list[str] = field(default_factory=list)
+    selections: list[str] = field(default_factory=list)
+    keep_tail: int = 1024
+    unsplit: int = 1
+    max_documents: int = 50

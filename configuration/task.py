@@ -31,6 +31,7 @@ def run_task(
     import models  # noqa: F401 - registers the suite's models with transformers' Auto classes
     from configuration.quiet import quiet
     from configuration.run_folder import write_start
+    from evaluation.processes import Process
 
     quiet()
     task = build(config["task"])
@@ -40,6 +41,6 @@ def run_task(
     output = config.get("output")
     if command == "eval" and not output:
         raise ConfigError(["output is required: pass output=FOLDER for the metrics and figures"])
-    if output and command != "export":  # whose folder is a model
+    if output and command != "export" and Process.current().is_first:  # an export's folder is a model
         write_start(Path(output), config)
     return task.run(Path(output) if output else None)
