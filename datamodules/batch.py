@@ -25,6 +25,7 @@ class TokenBatch(TypedDict, total=False):
         sample_index: ``[B]`` global number of the sample. Training: step * samples per optimiser step + index
             inside the step. Validation: number of the window.
         window_start: ``[B]`` corpus position of the first token.
+        num_step_targets: scalar, targets of this rank in the whole optimiser step. Training only.
         next_token: ``[B]`` validation only: the token after the window, the target of position T - 1 (-100: none).
     """
 
@@ -34,4 +35,5 @@ class TokenBatch(TypedDict, total=False):
     document_ids: torch.Tensor
     sample_index: Required[torch.Tensor]
     window_start: Required[torch.Tensor]
+    num_step_targets: torch.Tensor
     next_token: torch.Tensor

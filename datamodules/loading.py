@@ -71,14 +71,28 @@ class TrainingBatches(Dataset[TokenBatch]):
         step, part = divmod(micro_batch, plan.accumulate)
         first = (self.share.rank * plan.accumulate + part) * plan.batch_size
         indices = range(first, first + plan.batch_size)
-        starts = [
-            window_start(plan.seed, step, index, num_tokens=len(self.corpus), length=plan.context_length)
-            for index in indices
-        ]
+        starts = [self._start(step, index) for index in indices]
         samples_per_step = self.share.num_ranks * plan.accumulate * plan.batch_size
         batch = read_windows(self.corpus, starts, length=plan.context_length, with_documents=self.with_documents)
         batch["sample_index"] = torch.arange(indices.start, indices.stop) + step * samples_per_step
+        batch["num_step_targets"] = torch.tensor(self._step_targets(step))
         return batch
+
+    def _step_targets(self, step: int) -> int:
+        """Targets of this rank in a whole optimiser step: the borders of its documents are none."""
+        plan = self.plan
+        per_rank = plan.accumulate * plan.batch_size
+        targets = per_rank * (plan.context_length - 1)
+        if self.with_documents:
+            for index in range(self.share.rank * per_rank, (self.share.rank + 1) * per_rank):
+                start = self._start(step, index)
+                documents = self.corpus.document_ids(start, start + plan.context_length)
+                targets -= int(np.count_nonzero(np.diff(documents)))
+        return targets
+
+    def _start(self, step: int, index: int) -> int:
+        plan = self.plan
+        return window_start(plan.seed, step, index, num_tokens=len(self.corpus), length=plan.context_length)
 
 
 class ValidationBatches(Dataset[TokenBatch]):

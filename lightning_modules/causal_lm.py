@@ -1,8 +1,10 @@
 """The shared base of every training method: one Hugging Face causal LM, AdamW, a schedule, exact randomness.
 
-Notable: the global random state is set anew for every micro-batch from (seed, step, micro-batch, rank). Dropout and
-retrieval noise are therefore functions of the position in the run, and a resumed run draws what the
-uninterrupted one would have drawn.
+Notable: the loss of an optimiser step is the sum over its targets, of all ranks and micro-batches, divided by their
+number. The global random state is set anew for every micro-batch from (seed, step, micro-batch, rank): what is random
+is a function of the position in the run, and a resumed run draws what the uninterrupted one would have drawn.
+
+B batch, T tokens.
 """
 
 from __future__ import annotations
@@ -15,9 +17,11 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from lightning_modules.batch_targets import num_targets
+from lightning_modules.batch_targets import labels_inside_documents, num_targets
 from lightning_modules.model_identity import refuse_other_model
 from lightning_modules.optimization import Optimization, decay_groups, group_options, total_grad_norm
+from lightning_modules.packed_rows import document_inputs
+from lightning_modules.step_targets import StepTargets
 from losses.cross_entropy import next_token_nll
 
 
@@ -55,6 +59,7 @@ class CausalLMModule(pl.LightningModule):
         self.max_steps, self.seed = max_steps, seed
         self.gradient_checkpointing, self.compile_model = gradient_checkpointing, compile
         self.grad_norm: torch.Tensor | None = None
+        self.step_targets = StepTargets()
 
     def configure_model(self) -> None:
         """Build the model once; Lightning may call this hook more than once."""
@@ -70,13 +75,34 @@ class CausalLMModule(pl.LightningModule):
             self.model.compile()
 
     def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> dict[str, Any]:
-        """Return the ``loss`` of a micro-batch to differentiate, its detached ``nll_sum`` and ``num_targets``."""
+        """Return the share of the step's loss that this micro-batch is, its detached ``nll_sum``, ``num_targets``."""
         self.seed_micro_batch(batch_idx)
-        options = self.train_options(batch)
-        outputs = self.model(**self.model_inputs(batch), labels=batch["labels"], use_cache=False, **options)
-        self.watch_outputs(outputs)
         targets = num_targets(batch)
-        return {"loss": outputs.loss, "nll_sum": outputs.loss.detach() * targets, "num_targets": targets}
+        divisor = 1 / self.step_factor(batch, targets, batch_idx)
+        outputs = self.model(
+            **self.model_inputs(batch),
+            labels=labels_inside_documents(batch),
+            use_cache=False,
+            num_items_in_batch=divisor,
+            **self.train_options(batch),
+        )
+        self.watch_outputs(outputs)
+        return {"loss": outputs.loss, "nll_sum": outputs.loss.detach() * divisor, "num_targets": targets}
+
+    def step_factor(self, batch: dict[str, torch.Tensor], targets: torch.Tensor, batch_idx: int) -> torch.Tensor:
+        """What a sum of losses is multiplied by, so that the step is divided by its targets, see `StepTargets`."""
+        return self.step_targets.factor(
+            batch,
+            targets,
+            accumulate=self.trainer.accumulate_grad_batches,
+            num_ranks=self.trainer.world_size,
+            # A fast_dev_run stops inside the announced step.
+            last=self.ends_step(batch_idx) and not self.trainer.fast_dev_run,
+        )
+
+    def ends_step(self, batch_idx: int) -> bool:
+        """Whether the optimiser steps after this micro-batch: the window is full, or the epoch ends."""
+        return (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0 or self.trainer.is_last_batch
 
     def train_options(self, batch: dict[str, torch.Tensor]) -> dict[str, Any]:
         """Further arguments of the model in a training step; methods add theirs here."""
@@ -96,8 +122,9 @@ class CausalLMModule(pl.LightningModule):
         return {"nll": nll, "counted": counted}
 
     def model_inputs(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Keep the entries of a batch that are arguments of the model."""
-        return {name: batch[name] for name in ("input_ids", "attention_mask", "document_ids") if name in batch}
+        """Keep the entries of a batch that are arguments of the model; documents as the model keeps them apart."""
+        kept = {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch}
+        return kept | document_inputs(self.model, batch) if "document_ids" in batch else kept
 
     def seed_micro_batch(self, batch_idx: int) -> None:
         """Set the random state of this micro-batch from (seed, step, micro-batch, rank)."""

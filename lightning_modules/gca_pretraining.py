@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from kernels.gca.noise import row_seeds
 from lightning_modules.causal_lm import CausalLMModule
 
 Retrieval = tuple[tuple[torch.Tensor, torch.Tensor], ...]
@@ -41,9 +42,15 @@ class GCAPretrainingModule(CausalLMModule):
     """Train a DRT with noisy retrieval and log retrieval statistics under ``gca/``."""
 
     def train_options(self, batch: dict[str, torch.Tensor]) -> dict[str, Any]:
-        """Ask for the retrieval at logging steps (packed rows have no single order of landmarks to report)."""
+        """Seed the noise of every sample by its number, so that no split of a step into batches and ranks shows.
+
+        Ask for the retrieval at logging steps (packed rows have no single order of landmarks to report).
+        """
         logging_step = (self.global_step + 1) % self.trainer.log_every_n_steps == 0
-        return {"output_retrieval": logging_step and "document_ids" not in batch}
+        return {
+            "output_retrieval": logging_step and "document_ids" not in batch,
+            "retrieval_generator": row_seeds(self.seed, batch["sample_index"]),
+        }
 
     def watch_outputs(self, outputs: Any) -> None:
         """Log what the landmarks retrieved."""

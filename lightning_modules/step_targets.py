@@ -41,7 +41,7 @@ class StepTargets:
         if announced is None and accumulate > 1:
             raise ValueError(
                 f"the batch has no num_step_targets, which accumulate_grad_batches={accumulate} needs: "
-                "use ScoredSequencesDataModule, or accumulate_grad_batches=1"
+                "use a datamodule of this suite, or accumulate_grad_batches=1"
             )
         if self._counted is None:
             self._announced = num_targets if announced is None else announced

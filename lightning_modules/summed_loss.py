@@ -1,4 +1,4 @@
-"""Training by a sum of losses over targets: exact normalisation of an optimiser step, and steps that are not finite.
+"""Training by a loss of one's own: a sum over targets, and steps that are not finite.
 
 Notable: the gradient of an optimiser step is that of ``sum of losses / N`` over all ranks and micro-batches, N being
 the targets of the whole step.
@@ -14,7 +14,6 @@ from torch import Tensor
 
 from lightning_modules.causal_lm import CausalLMModule
 from lightning_modules.non_finite_steps import NonFiniteSteps
-from lightning_modules.step_targets import StepTargets
 
 MAX_SKIPPED_STEPS = 10
 
@@ -24,7 +23,7 @@ class SummedLossModule(CausalLMModule):
 
     def __init__(self, *arguments: Any, **options: Any):
         super().__init__(*arguments, **options)
-        self.step_targets, self.skipping = StepTargets(), NonFiniteSteps(MAX_SKIPPED_STEPS)
+        self.skipping = NonFiniteSteps(MAX_SKIPPED_STEPS)
 
     def loss(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Sum of losses float32, number of targets int64, and detached numbers; ``nll_sum`` where the loss is more."""
@@ -34,14 +33,7 @@ class SummedLossModule(CausalLMModule):
         """Return the share of the step's loss that this micro-batch is."""
         self.seed_micro_batch(batch_idx)
         loss_sum, num_targets, metrics = self.loss(batch)
-        factor = self.step_targets.factor(
-            batch,
-            num_targets,
-            accumulate=self.trainer.accumulate_grad_batches,
-            num_ranks=self.trainer.world_size,
-            # A fast_dev_run stops inside the announced step.
-            last=self.ends_step(batch_idx) and not self.trainer.fast_dev_run,
-        )
+        factor = self.step_factor(batch, num_targets, batch_idx)
         self.skipping.watch(loss_sum)
         self.watch_metrics(metrics, batch_idx)
         nll_sum = metrics.get("nll_sum", loss_sum.detach())
@@ -57,10 +49,6 @@ class SummedLossModule(CausalLMModule):
         """Log how many steps were skipped so far."""
         if self.ends_step(batch_idx):
             self.log("train/skipped_steps", float(self.skipping.skipped))
-
-    def ends_step(self, batch_idx: int) -> bool:
-        """Whether the optimiser steps after this micro-batch: the window is full, or the epoch ends."""
-        return (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0 or self.trainer.is_last_batch
 
     def configure_gradient_clipping(
         self,

@@ -49,7 +49,8 @@ def test_training_batches_are_the_windows_of_their_steps(corpus_folder):
     assert len(batches) == len(module.train_dataloader()) == 10
     tokens = module.train_corpus.read(0, len(module.train_corpus))
     for micro_batch, batch in enumerate(batches):
-        assert set(batch) == {"input_ids", "labels", "sample_index", "window_start"}
+        assert set(batch) == {"input_ids", "labels", "sample_index", "window_start", "num_step_targets"}
+        assert batch["num_step_targets"] == 2 * 3 * 31
         assert all(tensor.dtype == torch.int64 for tensor in batch.values())
         for row in range(3):
             step, index = micro_batch // 2, micro_batch % 2 * 3 + row
@@ -59,6 +60,15 @@ def test_training_batches_are_the_windows_of_their_steps(corpus_folder):
     assert torch.equal(batches[0]["input_ids"], batches[0]["labels"])
     assert batches[0]["input_ids"].data_ptr() != batches[0]["labels"].data_ptr()
     assert module.tokens_per_step == 2 * 3 * 32
+
+
+def test_packed_batches_announce_the_targets_inside_documents(corpus_folder):
+    batches = list(make(corpus_folder, documents="packed", accumulate_grad_batches=2).train_dataloader())
+    inside = [int((b["document_ids"][:, 1:] == b["document_ids"][:, :-1]).sum()) for b in batches]
+    for step in range(5):
+        first, second = batches[2 * step : 2 * step + 2]
+        assert first["num_step_targets"] == second["num_step_targets"] == sum(inside[2 * step : 2 * step + 2])
+    assert len(set(inside)) > 1 and max(inside) < 3 * 31
 
 
 @pytest.mark.parametrize("documents", ["stream", "packed"])
