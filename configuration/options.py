@@ -88,6 +88,10 @@ class TaskOptions:
         keep_tail: last tokens of each text, which it scores.
         unsplit: tokens before them that no piece holds.
         max_documents: documents that it reads for each length.
+        tasks: names of the tasks to evaluate, inside their family.
+        method: published baseline that reads their contexts, instead of a patch.
+        capacity: slots per layer and head that it keeps.
+        label: column of the results; null: made of method or patch.
     """
 
     recipe: str
@@ -119,3 +123,7 @@ class TaskOptions:
     keep_tail: int = 1024
     unsplit: int = 1
     max_documents: int = 50
+    tasks: list[str] = field(default_factory=list)
+    method: str | None = None
+    capacity: int | None = None
+    label: str | None = None

@@ -1,0 +1,164 @@
+"""How a model answers a batch of prompts, patched or as it is: by generating, or by scoring the right answer.
+
+Legend: B batch, T query tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from evaluation.prompts import Prompt
+from patches.parallel_context import ParallelContext
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model said, or how likely it found the right answer."""
+
+    text: str
+    nll_sum: float | None = None
+    """Negative log-likelihood of the right answer in nats, teacher-forced."""
+    num_targets: int | None = None
+    all_argmax: bool | None = None
+    """Whether every token of the right answer was the likeliest."""
+
+
+@dataclass(frozen=True)
+class Answers:
+    """The answers to a batch and what they took."""
+
+    answers: list[Answer]
+    prefill_seconds: float
+    """Reading the contexts; of a model without patch, nan: it reads context and query at once."""
+
+
+class Answerer(Protocol):
+    """Answers batches of prompts of one prefix."""
+
+    def generate(self, prompts: Sequence[Prompt], max_new_tokens: int) -> Answers:
+        """Continue each prompt greedily."""
+
+    def force(self, prompts: Sequence[Prompt], targets: Sequence[list[int]]) -> Answers:
+        """Score the right answers behind the prompts."""
+
+
+@contextmanager
+def answerer(model: Any, tokenizer: Any, patch: ParallelContext | None) -> Iterator[Answerer]:
+    """Yield what answers with a model under a patch; None: the model as it is."""
+    with ExitStack() as stack:
+        if patch is None:
+            yield PlainAnswerer(model, tokenizer)
+        else:
+            yield PatchedAnswerer(stack.enter_context(patch.bind(model, tokenizer)), tokenizer)
+
+
+class PatchedAnswerer:
+    """Answers through the engine of parallel contexts."""
+
+    def __init__(self, bound: Any, tokenizer: Any) -> None:
+        self._bound, self._tokenizer = bound, tokenizer
+
+    def generate(self, prompts: Sequence[Prompt], max_new_tokens: int) -> Answers:
+        """Continue each prompt greedily."""
+        state, queries, seconds = self._encode(prompts)
+        found = self._bound.generate(state, queries, max_new_tokens=max_new_tokens)
+        texts = [self._tokenizer.decode(ids, skip_special_tokens=True) for ids in found.token_ids]
+        return Answers([Answer(text) for text in texts], seconds)
+
+    def force(self, prompts: Sequence[Prompt], targets: Sequence[list[int]]) -> Answers:
+        """Score the right answers behind the prompts."""
+        state, queries, seconds = self._encode(prompts)
+        inputs = [[*query, *target[:-1]] for query, target in zip(queries, targets, strict=True)]
+        wanted = [[-100] * (len(query) - 1) + target for query, target in zip(queries, targets, strict=True)]
+        found = self._bound.score(state, inputs, _padded(wanted, -100), return_logits=True)
+        answers = []
+        for row, target in enumerate(targets):
+            stop = len(inputs[row])
+            logits = found.logits[row, stop - len(target) : stop]
+            answers.append(_forced(logits, target, float(found.nll_sum[row])))
+        return Answers(answers, seconds)
+
+    def _encode(self, prompts: Sequence[Prompt]) -> tuple[Any, list[list[int]], float]:
+        pieces, queries = [list(p.pieces) for p in prompts], [list(p.query) for p in prompts]
+        prefix = join_prefix(self._bound.prefix_ids(), prompts[0].prefix, self._tokenizer)
+        for row in range(len(prompts)):
+            # Neither context nor query may be empty: one token moves over.
+            if not queries[row]:
+                queries[row] = [pieces[row][-1].pop()] if len(pieces[row][-1]) > 1 else pieces[row].pop()
+            elif not pieces[row] and not prefix:
+                pieces[row] = [[queries[row].pop(0)]] if len(queries[row]) > 1 else [list(queries[row])]
+        started = _now(self._bound)
+        state = self._bound.encode(pieces, prefix, query_ids=queries)
+        return state, queries, _now(self._bound) - started
+
+
+class PlainAnswerer:
+    """Answers through the model's own ``generate`` and ``forward``, rows padded at the left."""
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        self._model, self._tokenizer = model, tokenizer
+        self._device = next(model.parameters()).device
+        # Models of the suite do not cut their logits to the last rows.
+        self._cuts = "logits_to_keep" in inspect.signature(model.forward).parameters
+
+    def generate(self, prompts: Sequence[Prompt], max_new_tokens: int) -> Answers:
+        """Continue each prompt greedily."""
+        inputs, mask = self._padded([prompt.tokens for prompt in prompts])
+        ends = self._model.generation_config.eos_token_id
+        padding = ends[0] if isinstance(ends, list) else ends or 0
+        with torch.inference_mode():
+            out = self._model.generate(
+                inputs, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=padding
+            )
+        rows = out[:, inputs.shape[1] :].tolist()
+        return Answers([Answer(self._tokenizer.decode(row, skip_special_tokens=True)) for row in rows], float("nan"))
+
+    def force(self, prompts: Sequence[Prompt], targets: Sequence[list[int]]) -> Answers:
+        """Score the right answers behind the prompts."""
+        inputs, mask = self._padded([p.tokens + t[:-1] for p, t in zip(prompts, targets, strict=True)])
+        longest = max(map(len, targets))
+        options = {"logits_to_keep": longest} if self._cuts else {}
+        with torch.inference_mode():
+            logits = self._model(inputs, attention_mask=mask, **options).logits
+        return Answers([_forced(logits[row, -len(t) :], t) for row, t in enumerate(targets)], float("nan"))
+
+    def _padded(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
+        front = join_prefix([], self._tokenizer("")["input_ids"][:1], self._tokenizer)
+        rows = [join_prefix(front, row, self._tokenizer) for row in rows]
+        width = max(map(len, rows))
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+        inputs = torch.tensor([[0] * (width - len(row)) + row for row in rows])
+        return inputs.to(self._device), mask.to(self._device)
+
+
+def join_prefix(front: list[int], ids: list[int], tokenizer: Any) -> list[int]:
+    """Put ids behind what stands in front of all, without a second BOS."""
+    bos = getattr(tokenizer, "bos_token_id", None)
+    return front + (ids[1:] if front[:1] == ids[:1] == [bos] else ids)
+
+
+def _forced(logits: Tensor, target: list[int], nll_sum: float | None = None) -> Answer:
+    wanted = torch.tensor(target, device=logits.device)
+    exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if nll_sum is None:
+        nll_sum = float(torch.nn.functional.cross_entropy(exact, wanted, reduction="none").double().sum())
+    return Answer("", nll_sum, len(target), bool((exact.argmax(-1) == wanted).all()))
+
+
+def _padded(rows: list[list[int]], value: int) -> list[list[int]]:
+    width = max(map(len, rows))
+    return [row + [value] * (width - len(row)) for row in rows]
+
+
+def _now(bound: Any) -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()

@@ -1,0 +1,267 @@
+"""One task, one model, one folder: every example answered once, whatever was killed in between.
+
+Notable: each process appends its answers to a file of its own, a line flushed to the disk per example; a rerun
+reads all of them and computes what is missing, with any number of processes.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from evaluation.answering import Answer, Answerer, answerer
+from evaluation.parallel_journal import CellJournal
+from evaluation.peak_memory import PeakMemory
+from evaluation.prompts import Place, Prompt, PromptMaker, PromptOptions, Truncation, truncate
+from evaluation.results import digest, json_text, read_json, write_text
+from evaluation.run_identity import check_fit, run_identity
+from evaluation.tasks.base import Example, Task
+from patches.parallel_context import ParallelContext
+
+__all__ = ["evaluate_task", "truncate"]
+
+Scoring = Literal["generate", "teacher_forced"]
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Everything that the answers to one task are made with."""
+
+    task: Task
+    patch: ParallelContext | None
+    model: Any
+    tokenizer: Any
+    maker: PromptMaker
+    scoring: Scoring
+    max_new_tokens: int | None
+
+
+def evaluate_task(
+    task: Task,
+    patch: ParallelContext | None,
+    model: Any,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    output_dir: str | Path,
+    *,
+    max_context_tokens: int | None = None,
+    truncation: Truncation = "none",
+    instruction: Place = "prefix",
+    batch_size: int = 1,
+    rank: int = 0,
+    world_size: int = 1,
+    max_new_tokens: int | None = None,
+    chat_template: bool | None = None,
+    scoring: Scoring = "generate",
+) -> dict[str, Any] | None:
+    """Answer what is missing of a process's share of the examples, and publish once all are there.
+
+    Example i belongs to process i % world_size. Files: ``predictions.rank{r}.jsonl``; of all processes
+    ``predictions.jsonl`` in the order of the examples, and ``metrics.json`` with the protocol.
+
+    Args:
+        task: what is asked.
+        patch: how the model reads the context; None: as it is.
+        model: a causal language model in evaluation mode.
+        tokenizer: its tokenizer.
+        examples: the questions (`Task.read`).
+        output_dir: a folder of its own.
+        max_context_tokens: tokens of a context at most.
+        truncation: what a longer context loses; see `evaluation.prompts.PromptOptions`.
+        instruction: where the instruction stands.
+        batch_size: examples answered together.
+        rank: number of this process.
+        world_size: number of processes.
+        max_new_tokens: instead of the task's own.
+        chat_template: True: refuse a tokenizer without one; None: the task's own wish, where there is a template.
+        scoring: ``generate``, or ``teacher_forced``: whether every token of the right answer is the likeliest
+            (``score``), and its negative log-likelihood.
+
+    Returns:
+        The metrics; None as long as other processes are at work.
+
+    Raises:
+        ValueError: the folder belongs to other settings, or an option cannot serve this model.
+    """
+    if not examples:
+        raise ValueError(f"{task.name} has no examples")
+    if batch_size < 1 or not 0 <= rank < world_size:
+        raise ValueError(f"batch_size must be at least 1 and rank below world_size, got {batch_size}, {rank}")
+    if scoring not in ("generate", "teacher_forced"):
+        raise ValueError(f"scoring is generate or teacher_forced, got {scoring!r}")
+    options = PromptOptions(max_context_tokens, truncation, instruction, chat_template)
+    maker = PromptMaker(tokenizer, patch, options, chat=_wants_chat(task, tokenizer, chat_template))
+    run = _Run(task, patch, model, tokenizer, maker, scoring, max_new_tokens)
+    protocol = run_identity(
+        task, patch, model, tokenizer, examples, options=options, scoring=scoring, max_new_tokens=max_new_tokens
+    )
+    folder = Path(output_dir)
+    _claim(folder, protocol, rank)
+    journal = CellJournal(folder / f"predictions.rank{rank}.jsonl")
+    with journal.held(wait=True):
+        journal.mend()
+        done = _done(folder)
+        mine = [index for index in range(rank, len(examples), world_size) if index not in done]
+        if mine:
+            _answer(run, examples, mine, batch_size=batch_size, journal=journal)
+    return _publish(folder, task, examples, protocol, rank)
+
+
+def _wants_chat(task: Task, tokenizer: Any, wanted: bool | None) -> bool:
+    has_one = bool(getattr(tokenizer, "chat_template", None))
+    if wanted and not has_one:
+        raise ValueError("chat_template=true, but the tokenizer has no chat template: leave it out for base models")
+    return has_one and (task.chat_template if wanted is None else wanted)
+
+
+def _claim(folder: Path, protocol: dict[str, Any], rank: int) -> None:
+    """Write what the folder belongs to, or compare it."""
+    file = folder / "settings.json"
+    settings = protocol | {"request": digest(protocol)}
+    if file.is_file():
+        found = read_json(file)
+        if found.get("request") != settings["request"]:
+            changed = [key for key in protocol if found.get(key) != protocol[key]]
+            raise ValueError(f"{folder} belongs to other settings ({', '.join(changed)}): pass another output folder")
+    elif list(folder.glob("predictions.*")):
+        raise ValueError(f"{folder} holds predictions without settings.json: pass another output folder")
+    else:
+        _replace(file, json_text(settings, indent=1) + "\n", rank)
+
+
+def _replace(path: Path, text: str, rank: int) -> None:
+    """Write a file that several processes may write at once, the same text."""
+    own = path.with_name(f"{path.name}.rank{rank}.tmp")
+    write_text(own, text)
+    os.replace(own, path)
+
+
+def _done(folder: Path) -> dict[int, dict[str, Any]]:
+    """Return the answers of all processes by the index of their example."""
+    lines = (line for file in sorted(folder.glob("predictions.rank*.jsonl")) for line in CellJournal(file).lines())
+    return {line["index"]: line for line in lines}
+
+
+def _answer(
+    run: _Run, examples: Sequence[Example], indices: list[int], *, batch_size: int, journal: CellJournal
+) -> None:
+    """Answer examples, batch by batch, and write each down."""
+    lengths: list[int] = []
+    with answerer(run.model, run.tokenizer, run.patch) as engine, PeakMemory() as memory:
+        for batch in _batches(run, examples, indices, batch_size):
+            check_fit(run.model, run.patch, [prompt for _, prompt in batch])
+            lengths += [len(prompt.pieces) for _, prompt in batch]
+            for line in _answer_batch(run, engine, examples, batch):
+                journal.append(line | {"peak_bytes": memory.bytes()})
+    patch = run.patch
+    if patch is not None and (patch.degree or 2) > 1 and 1 in lengths:
+        warnings.warn(
+            f"{run.task.name}: {lengths.count(1)} of {len(lengths)} contexts are no longer than one piece: "
+            "plain attention there",
+            stacklevel=3,
+        )
+
+
+def _batches(
+    run: _Run, examples: Sequence[Example], indices: list[int], size: int
+) -> Iterator[list[tuple[int, Prompt]]]:
+    """Yield batches of prompts behind the same prefix and of the same length of answer."""
+    batch: list[tuple[int, Prompt]] = []
+    for index in indices:
+        prompt = run.maker.make(examples[index])
+        same = not batch or (
+            batch[0][1].prefix == prompt.prefix
+            and _new_tokens(run, examples[batch[0][0]]) == _new_tokens(run, examples[index])
+        )
+        if len(batch) == size or not same:
+            yield batch
+            batch = []
+        batch.append((index, prompt))
+    yield batch
+
+
+def _new_tokens(run: _Run, example: Example) -> int:
+    return run.max_new_tokens or int(example.extra.get("max_new_tokens", run.task.max_new_tokens))
+
+
+def _answer_batch(
+    run: _Run, engine: Answerer, examples: Sequence[Example], batch: list[tuple[int, Prompt]]
+) -> list[dict[str, Any]]:
+    started = time.perf_counter()
+    chosen, prompts = [examples[index] for index, _ in batch], [prompt for _, prompt in batch]
+    if run.scoring == "generate":
+        found = engine.generate(prompts, _new_tokens(run, chosen[0]))
+    else:
+        found = engine.force(prompts, [_answer_ids(run.tokenizer, example) for example in chosen])
+    seconds = (time.perf_counter() - started) / len(batch)
+    lines = []
+    for (index, prompt), example, answer in zip(batch, chosen, found.answers, strict=True):
+        text = answer.text.split(run.task.stop, 1)[0] if run.task.stop else answer.text
+        lines.append(
+            {
+                "index": index,
+                "id": example.id,
+                "task": run.task.name,
+                "prediction": text,
+                "answers": list(example.answers),
+                "scores": run.task.score(text, example) if answer.nll_sum is None else _forced_scores(answer),
+                "num_pieces": len(prompt.pieces),
+                "num_context_tokens": prompt.num_context_tokens,
+                "num_query_tokens": len(prompt.query),
+                "seconds": seconds,
+                "prefill_seconds": None
+                if found.prefill_seconds != found.prefill_seconds
+                else found.prefill_seconds / len(batch),
+            }
+            | {key: example.extra[key] for key in ("depth", "length") if key in example.extra}
+        )
+    return lines
+
+
+def _answer_ids(tokenizer: Any, example: Example) -> list[int]:
+    """Return the tokens of the right answer (all of them where several are asked for) behind the query."""
+    text = ", ".join(str(answer) for answer in example.answers)
+    space = "" if not example.query or example.query[-1].isspace() else " "
+    return list(tokenizer(space + text, add_special_tokens=False)["input_ids"])
+
+
+def _forced_scores(answer: Answer) -> dict[str, float]:
+    assert answer.nll_sum is not None and answer.num_targets is not None
+    return {
+        "score": float(bool(answer.all_argmax)),
+        "answer_nll": answer.nll_sum,
+        "answer_tokens": float(answer.num_targets),
+    }
+
+
+def _publish(
+    folder: Path, task: Task, examples: Sequence[Example], protocol: dict[str, Any], rank: int
+) -> dict[str, Any] | None:
+    """Write predictions and metrics if every example has its answer."""
+    done = _done(folder)
+    if len(done) < len(examples):
+        return None
+    rows = [done[index] for index in range(len(examples))]
+    names = list(rows[0]["scores"])
+    scores = {name: sum(row["scores"][name] for row in rows) / len(rows) for name in names}
+    prefill = [row["prefill_seconds"] for row in rows if row["prefill_seconds"] is not None]
+    peaks = [row["peak_bytes"] for row in rows if row["peak_bytes"] is not None]
+    metrics = {
+        "task": task.name,
+        "num_examples": len(rows),
+        "score": scores["score"],
+        "scores": scores,
+        "seconds": sum(row["seconds"] for row in rows),
+        "prefill_seconds": sum(prefill) if len(prefill) == len(rows) else None,
+        "peak_bytes": max(peaks, default=None),
+        "protocol": protocol,
+    }
+    shown = [{key: row[key] for key in row if key != "index"} for row in rows]
+    _replace(folder / "predictions.jsonl", "".join(json_text(row) + "\n" for row in shown), rank)
+    _replace(folder / "metrics.json", json_text(metrics, indent=1) + "\n", rank)
+    return metrics

@@ -1,0 +1,173 @@
+"""A model through a list of tasks, one method after another into one table; the work behind the task recipes.
+
+Notable: results lie in ``<output>/<label>/<task>/``, so the same command with another method or patch adds a column.
+"""
+
+from __future__ import annotations
+
+import platform
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+
+from evaluation.gathering import gather, joined
+from evaluation.parallel_models import sweep_models
+from evaluation.processes import Process
+from evaluation.prompts import Place, PromptOptions, Truncation
+from evaluation.quantization import Backend, Quantization, check_quantization, load_quantized
+from evaluation.results import git_commit, write_json
+from evaluation.runner import Scoring, evaluate_task
+from evaluation.task_report import write_report
+from evaluation.task_sources import Cell, Source
+from evaluation.tasks.base import Example
+from patches.parallel_context import ParallelContext, baseline
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+class TaskSuite:
+    """Evaluate one model on the tasks of a source.
+
+    Args:
+        model: model folder, ``hub:NAME``, or a function that builds one.
+        source: where the examples come from (`evaluation.task_sources`).
+        patch: how the model reads contexts; None: as it is.
+        method: a published baseline instead of a patch (`patches.parallel_context.baseline`).
+        capacity: slots per layer and head that the baseline keeps.
+        label: name of the column; None: made of method or patch.
+        max_context_tokens: tokens of a context at most.
+        truncation: what a longer context loses: none, middle, left, right.
+        instruction: where the instruction stands: prefix, pieces, query.
+        chat_template: True asks for one; None: where task and tokenizer want it.
+        scoring: ``generate`` or ``teacher_forced``.
+        max_new_tokens: instead of each task's own.
+        batch_size: examples answered together.
+        tokenizer: instead of the model folder's.
+        quantization: int8 or int4 weights.
+        quantization_backend: bitsandbytes or torchao.
+        dtype: of weights and arithmetic.
+        device: ``auto`` (CUDA when there is one), ``cpu``, ``cuda``, ``cuda:1``.
+
+    Raises:
+        ValueError: an option out of range, both a patch and a method, or a device that is not there.
+        FileNotFoundError: the model does not exist.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        source: Source,
+        *,
+        patch: ParallelContext | None = None,
+        method: str | None = None,
+        capacity: int | None = None,
+        label: str | None = None,
+        max_context_tokens: int | None = None,
+        truncation: Truncation = "none",
+        instruction: Place = "prefix",
+        chat_template: bool | None = None,
+        scoring: Scoring = "generate",
+        max_new_tokens: int | None = None,
+        batch_size: int = 1,
+        tokenizer: Any = None,
+        quantization: Quantization | None = None,
+        quantization_backend: Backend = "bitsandbytes",
+        dtype: Dtype = "float32",
+        device: str = "auto",
+    ) -> None:
+        if patch is not None and method is not None:
+            raise ValueError(f"method={method} is a patch of its own: pass patch=none, or leave method out")
+        if method is None and capacity is not None:
+            raise ValueError("capacity belongs to a method: pass method=snapkv, say")
+        PromptOptions(max_context_tokens, truncation, instruction, chat_template)
+        for name, number in (("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):
+            if number is not None and number < 1:
+                raise ValueError(f"{name} must be at least 1, got {number}")
+        (self.model,) = sweep_models(model, tokenizer)
+        self.source = source
+        self.patch = baseline(method, capacity=capacity) if method is not None else patch  # type: ignore[arg-type]
+        self.label = _label(label, method, capacity, patch)
+        self.options: dict[str, Any] = {
+            "max_context_tokens": max_context_tokens,
+            "truncation": truncation,
+            "instruction": instruction,
+            "chat_template": chat_template,
+            "scoring": scoring,
+            "max_new_tokens": max_new_tokens,
+            "batch_size": batch_size,
+        }
+        self.quantization, self.backend = quantization, quantization_backend
+        self.process = Process.current()
+        self.dtype, self.device = dtype, self.process.device(device, dtype)
+        if quantization is not None:
+            check_quantization(quantization, quantization_backend, self.device)
+
+    def run(self, output: Path) -> dict[str, Any] | None:
+        """Compute what is missing under ``<output>/<label>``; return all methods' scores and their table.
+
+        Files: ``<label>/<task>/`` (predictions, metrics), ``metrics.json``, ``rows.csv``, ``table.md``,
+        ``score_by_length.png``, ``needle_<label>.png``.
+
+        Returns:
+            None on all processes but the first.
+        """
+        tokenizer = self.model.tokenizer
+        work = [(cell, self.source.examples(cell, tokenizer)) for cell in self.source.cells()]
+        self._check_chat(work)
+        with joined(self.process):
+            self._evaluate(work, output / self.label)
+            gather(None, self.process)
+        if not self.process.is_first:
+            return None
+        write_json(output / self.label / "versions.json", _versions())
+        return write_report(output)
+
+    def _evaluate(self, work: list[tuple[Cell, list[Example]]], folder: Path) -> None:
+        model = self._load()
+        for cell, examples in work:
+            evaluate_task(
+                cell.task,
+                self.patch,
+                model,
+                self.model.tokenizer,
+                examples,
+                folder / cell.folder,
+                rank=self.process.rank,
+                world_size=self.process.world_size,
+                **self.options,
+            )
+
+    def _check_chat(self, work: list[tuple[Cell, list[Example]]]) -> None:
+        if self.options["chat_template"] and not getattr(self.model.tokenizer, "chat_template", None):
+            raise ValueError(
+                f"task.chat_template=true, but the tokenizer of {self.model.label} has no chat template: "
+                "leave it out for base models"
+            )
+
+    def _load(self) -> Any:
+        dtype = getattr(torch, self.dtype)
+        if self.quantization is None:
+            return self.model.load(dtype=dtype, device=self.device)
+        return load_quantized(str(self.model.source), self.quantization, self.backend, dtype=dtype, device=self.device)
+
+
+def _label(label: str | None, method: str | None, capacity: int | None, patch: ParallelContext | None) -> str:
+    if label is None:
+        label = method or ("plain" if patch is None else "parallel_context")
+        label += f"_{capacity}" if capacity is not None else ""
+    if not re.fullmatch(r"[A-Za-z0-9._+-]+", label) or label.startswith("."):
+        raise ValueError(f"label names a folder: letters, digits, . _ + -, got {label!r}")
+    return label
+
+
+def _versions() -> Mapping[str, Any]:
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "git": git_commit(),
+    }
