@@ -4,7 +4,16 @@ import copy
 
 import pytest
 import torch
-from model_cases import drt_config, small_drt, small_window_lm, token_ids, window_config
+from model_cases import (
+    SMALL_MODELS,
+    block_recurrent_config,
+    drt_config,
+    landmark_config,
+    rpt_config,
+    small_drt,
+    token_ids,
+    window_config,
+)
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -12,12 +21,21 @@ from models.drt import DRTForCausalLM
 from models.sliding_window_lm import SlidingWindowLMForCausalLM
 
 
-@pytest.fixture(params=["drt", "window"])
+@pytest.fixture(params=SMALL_MODELS)
 def model(request):
-    return small_drt() if request.param == "drt" else small_window_lm()
+    return SMALL_MODELS[request.param]()
 
 
-@pytest.mark.parametrize("config", [drt_config(layers_per_group=[2, 1]), window_config(num_hidden_layers=3)])
+@pytest.mark.parametrize(
+    "config",
+    [
+        drt_config(layers_per_group=[2, 1]),
+        window_config(num_hidden_layers=3),
+        landmark_config(chunk_top_k=2, rope_theta=500.0),
+        block_recurrent_config(recurrent_layers=[1, 3]),
+        rpt_config(retriever="random", retriever_seed=3),
+    ],
+)
 def test_auto_round_trip_is_bit_identical(config, tmp_path):
     torch.manual_seed(3)
     model = AutoModelForCausalLM.from_config(config).eval()

@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from model_cases import small_drt, small_window_lm, token_ids
+from model_cases import SMALL_MODELS, small_drt, token_ids
 
 LENGTH = 40
 
 
-@pytest.fixture(scope="module", params=["drt", "window"])
+@pytest.fixture(scope="module", params=SMALL_MODELS)
 def model(request):
-    return small_drt() if request.param == "drt" else small_window_lm()
+    return SMALL_MODELS[request.param]()
 
 
 @pytest.fixture(scope="module")
