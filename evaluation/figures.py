@@ -99,7 +99,9 @@ def plain_label(label: str) -> str:
 
 
 def length_name(length: int) -> str:
-    """Return 512 as 512 and 16384 as 16K."""
+    """Return 512 as 512, 16384 as 16K and 1048576 as 1M."""
+    if length >= 1 << 20 and length % (1 << 20) == 0:
+        return f"{length >> 20}M"
     return f"{length // 1024}K" if length >= 1024 and length % 1024 == 0 else str(length)
 
 

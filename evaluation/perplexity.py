@@ -4,16 +4,19 @@ Notable: what is scored depends on the stream alone, never on window, stride or 
 context lengths and models are comparable. A model is anything called as ``model(input_ids=...)`` that returns logits.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 
-from evaluation.scoring import Corpus, TokenStream, Window, WindowTally, score_windows, scoring_mode, window_batches
+from evaluation.gathering import gather
+from evaluation.perplexity_journal import Collector, Journal, report
+from evaluation.perplexity_windows import Window, score_windows, window_batches
+from evaluation.processes import Process
+from evaluation.scoring import Corpus, TokenStream, scoring_mode
+from evaluation.token_progress import TokenProgress
 
 
 def evaluation_windows(num_tokens: int, window: int, stride: int | None = None) -> list[Window]:
@@ -58,8 +61,12 @@ def evaluate_perplexity(
     max_tokens: int | None = None,
     dtype: torch.dtype | None = None,
     progress: bool = False,
+    segment_length: int | None = None,
+    journal: Journal | None = None,
 ) -> dict[str, Any]:
     """Score a stream: ``perplexity = exp(sum of NLL / number of targets)``.
+
+    Under torchrun every process scores its share of the batches, and all return the same report.
 
     Args:
         model: a causal language model (suite or Hugging Face); it is scored in eval mode on the device where it
@@ -72,10 +79,14 @@ def evaluate_perplexity(
         batch_size: windows per forward.
         max_windows: stop after so many windows.
         parity: ``"published"`` adds ``published_mean_loss``, the mean over non-overlapping windows of the windows'
-            mean losses, the first token of each window unscored; a shorter last window counts as much as the others.
+            mean losses (nats), the first token of each window unscored; a shorter last window counts as much as the
+            others. Published scripts print it under the name of perplexity, which it is not.
         max_tokens: score only the first so many tokens of the stream.
         dtype: autocast dtype; None computes in the model's own.
         progress: show a progress bar on the error stream.
+        segment_length: windows longer than this go through the model's cache in pieces of so many tokens; None: one
+            forward per window. A model without a cache reads every window in one forward.
+        journal: where finished batches are kept for a later call with the same arguments to go on from.
 
     Returns:
         ``nll_sum``, ``num_targets``, ``loss`` (nats per target), ``perplexity``, ``bits_per_byte``,
@@ -86,29 +97,41 @@ def evaluate_perplexity(
     Raises:
         ValueError: sizes that cannot be scored, ids outside the model's vocabulary, or a parity with other windows.
     """
-    _check_request(batch_size, max_windows, max_tokens, parity)
+    counts = {"batch_size": batch_size, "max_windows": max_windows, "max_tokens": max_tokens}
+    _check_request(parity, counts | {"segment_length": segment_length})
     stream = TokenStream.open(tokens, max_tokens)
     windows, stride = _plan(stream.num_tokens, window, stride, bos_token_id)
     if parity is not None and (bos_token_id is not None or stride != window):
         raise ValueError('parity="published" means windows that do not overlap and no BOS; leave both options out')
-    tally = WindowTally(window, published=parity is not None)
-    batches = _shown(list(window_batches(windows[:max_windows], batch_size)), f"scoring {window}", progress)
-    with scoring_mode(model, dtype) as device:
-        for batch in batches:
-            tally.add(batch, *score_windows(model, stream, batch, bos_token_id, device))
-    return tally.report(stream.bytes_per_token) | {
+    batches = list(window_batches(windows[:max_windows], batch_size))
+    done = {} if journal is None else journal.read()
+    process = Process.current()
+    mine = [number for number in range(process.rank, len(batches), process.world_size) if number not in done]
+    collector = Collector(window, parity is not None, journal)
+    total = sum(stop - start for number in mine for start, stop, _ in batches[number])
+    with scoring_mode(model, dtype), TokenProgress(f"scoring {window}", total, show=progress) as advance:
+        for number in mine:
+            scores = score_windows(
+                model,
+                stream,
+                batches[number],
+                bos_token_id=bos_token_id,
+                segment_length=segment_length,
+                report=advance,
+            )
+            collector.add(number, batches[number], *scores)
+        collector.flush()
+    scores_of_all = done | {number: score for part in gather(collector.done, process) for number, score in part.items()}
+    return report(scores_of_all, window, bytes_per_token=stream.bytes_per_token) | {
         "window": window,
         "stride": stride,
         "bos_token_id": bos_token_id,
         "num_tokens": stream.num_tokens,
-        "num_windows": len(tally.windows),
+        "num_windows": sum(map(len, batches)),
+        "segment_length": segment_length,
         "corpus": stream.identity,
         "dtype": str(dtype or next(model.parameters()).dtype).removeprefix("torch."),
     }
-
-
-def _shown(batches: list[list[Window]], label: str, progress: bool) -> Iterable[list[Window]]:
-    return track(batches, label, console=Console(stderr=True), transient=True, disable=not progress)
 
 
 def _plan(num_tokens: int, window: int, stride: int | None, bos_token_id: int | None) -> tuple[list[Window], int]:
@@ -126,8 +149,8 @@ def _plan(num_tokens: int, window: int, stride: int | None, bos_token_id: int | 
     return [(start, stop, 0), *start_and_rest[1:]], stride
 
 
-def _check_request(batch_size: int, max_windows: int | None, max_tokens: int | None, parity: str | None) -> None:
-    for name, value in (("batch_size", batch_size), ("max_windows", max_windows), ("max_tokens", max_tokens)):
+def _check_request(parity: str | None, counts: dict[str, int | None]) -> None:
+    for name, value in counts.items():
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
     if parity not in (None, "published"):

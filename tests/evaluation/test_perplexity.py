@@ -8,8 +8,12 @@ import numpy as np
 import pytest
 import torch
 
+from evaluation import perplexity, perplexity_journal
 from evaluation.perplexity import evaluate_perplexity, evaluation_windows
+from evaluation.perplexity_journal import Journal
+from evaluation.processes import Process
 from models.drt import DRTConfig, DRTForCausalLM
+from models.sliding_window_lm import SlidingWindowLMConfig, SlidingWindowLMForCausalLM
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "evaluation" / "windows.json"
 
@@ -28,6 +32,17 @@ def brute_force(model, tokens, window, stride, bos=None):
             scored[target] = -float(logits.log_softmax(-1)[tokens[target]])
         start += stride
     return scored
+
+
+def small_models():
+    """A DRT and its window baseline on 64 token ids."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "window_size": 7}
+    sizes |= {"pad_token_id": 62, "bos_token_id": 61, "eos_token_id": 61, "initializer_range": 0.3}
+    retrieval = {"num_encoder_layers": 1, "num_lower_layers": 1, "layers_per_group": [1, 1]}
+    chunks = {"chunk_size": 5, "chunk_top_k": 2, "landmark_token_id": 63}
+    drt = DRTForCausalLM(DRTConfig(**sizes, **retrieval, **chunks))
+    return drt.eval(), SlidingWindowLMForCausalLM(SlidingWindowLMConfig(num_hidden_layers=2, **sizes)).eval()
 
 
 @pytest.mark.parametrize("case", json.loads(FIXTURE.read_text()), ids=str)
@@ -63,15 +78,73 @@ def test_equals_brute_force(llama, stream, bos, stride, batch_size):
 
 @pytest.mark.parametrize("stride", [32, 8])
 def test_suite_models_equal_brute_force(stream, stride):
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_encoder_layers": 1}
-    retrieval = {"num_lower_layers": 1, "layers_per_group": [1], "chunk_size": 5, "chunk_top_k": 2, "window_size": 7}
-    ids = {"landmark_token_id": 63, "pad_token_id": 62, "bos_token_id": 61, "eos_token_id": 61}
-    drt = DRTForCausalLM(DRTConfig(vocab_size=64, initializer_range=0.3, **sizes, **retrieval, **ids)).eval()
-    result = evaluate_perplexity(drt, stream, window=32, stride=stride, batch_size=2)
-    expected = brute_force(drt, stream.tolist(), 32, stride)
+    drt, _ = small_models()
+    tokens = stream[:70]
+    result = evaluate_perplexity(drt, tokens, window=32, stride=stride, batch_size=2)
+    expected = brute_force(drt, tokens.tolist(), 32, stride)
     assert result["num_targets"] == len(expected)
     assert result["nll_sum"] == pytest.approx(math.fsum(expected.values()), rel=1e-6)
+
+
+@pytest.mark.parametrize("segment", [3, 13, 69])
+@pytest.mark.parametrize("bos", [None, 7])
+def test_segments_through_the_cache_change_nothing(llama, stream, segment, bos):
+    tokens = stream[:70] % 60
+    for model in (*small_models(), llama):
+        for window, stride in ((69, None), (40, 30)):
+            options = {"window": window, "stride": stride, "bos_token_id": bos, "batch_size": 2}
+            whole = evaluate_perplexity(model, tokens, **options)
+            pieces = evaluate_perplexity(model, tokens, segment_length=segment, **options)
+            assert pieces["num_targets"] == whole["num_targets"]
+            np.testing.assert_allclose(pieces["windows"], whole["windows"], rtol=1e-5)
+            np.testing.assert_allclose(pieces["position_nll_sum"], whole["position_nll_sum"], rtol=1e-4)
+
+
+def test_only_a_segment_of_logits_is_ever_there(stream):
+    drt, _ = small_models()
+    rows, forward = [], drt.lm_head.forward
+    drt.lm_head.forward = lambda hidden: rows.append(hidden.shape[1]) or forward(hidden)
+    evaluate_perplexity(drt, stream % 60, window=149, segment_length=20)
+    assert max(rows) == 20 and sum(rows) == 149
+    rows.clear()
+    # The targets of the overlap were scored before: their logits are not computed again.
+    evaluate_perplexity(drt, stream % 60, window=100, stride=60, segment_length=30)
+    assert sum(rows) == 149 + 1
+
+
+def test_a_journal_is_gone_on_from_and_changes_no_bit(llama, stream, tmp_path, monkeypatch):
+    monkeypatch.setattr(perplexity_journal, "FLUSH_SECONDS", 0.0)
+    options = {"window": 16, "stride": 4, "batch_size": 4}
+    whole = evaluate_perplexity(llama, stream, **options)
+    calls, real = [], perplexity.score_windows
+
+    def failing(*arguments, **named):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return real(*arguments, **named)
+
+    monkeypatch.setattr(perplexity, "score_windows", failing)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_perplexity(llama, stream, journal=Journal(tmp_path), **options)
+    file = tmp_path / "rank0.jsonl"
+    assert len(Journal(tmp_path).read()) == 3
+    file.write_bytes(file.read_bytes()[:-9])  # as a kill would cut it
+    again = evaluate_perplexity(llama, stream, journal=Journal(tmp_path), **options)
+    assert len(calls) == 4 + len(Journal(tmp_path).read()) - 2
+    assert again | {"seconds": 0} == whole | {"seconds": 0}
+
+
+def test_shares_of_processes_add_up_to_the_same_bits(llama, stream, monkeypatch):
+    options = {"window": 16, "stride": 4, "batch_size": 4}
+    alone = evaluate_perplexity(llama, stream, **options)
+    shares = []
+    for rank in (2, 1, 0):
+        monkeypatch.setattr(Process, "current", classmethod(lambda cls, rank=rank: cls(rank, 3, rank)))
+        monkeypatch.setattr(perplexity, "gather", lambda value, _: shares.append(value) or list(reversed(shares)))
+        together = evaluate_perplexity(llama, stream, **options)
+    assert sorted(len(share) for share in shares) == [3, 4, 4]
+    assert together | {"seconds": 0} == alone | {"seconds": 0}
 
 
 def test_batching_changes_no_sum(llama, stream):
@@ -166,6 +239,7 @@ def test_overflowing_perplexity_is_infinite(llama, stream, bias):
         ({"window": 8, "stride": 9}, "stride must lie between 1 and"),
         ({"window": 8, "stride": 0}, "stride must lie between 1 and"),
         ({"window": 8, "batch_size": 0}, "batch_size must be at least 1"),
+        ({"window": 8, "segment_length": 0}, "segment_length must be at least 1"),
         ({"window": 8, "max_tokens": 1}, "at least 2 tokens are needed"),
         ({"window": 8, "parity": "paper"}, "parity must be"),
         ({"window": 8, "stride": 4, "parity": "published"}, "windows that do not overlap"),

@@ -2,12 +2,13 @@
 
 import csv
 import json
+import math
 
 import pytest
 import torch
 
 from datamodules.corpus import open_corpus
-from evaluation import perplexity_task
+from evaluation import perplexity, perplexity_journal, perplexity_task
 from evaluation.perplexity import evaluate_perplexity
 from evaluation.perplexity_task import PerplexityTask
 from preprocess.index import CorpusWriter
@@ -126,6 +127,49 @@ def test_a_broken_model_gets_strict_json_and_the_same_table_twice(folders, tmp_p
         assert {entry["value"] for entry in stored["not_finite"]} == {"nan"}
 
 
+@pytest.mark.usefixtures("without_figures")
+def test_the_published_mean_stands_beside_the_perplexity(folders, tmp_path, llama, stream):
+    result = task(folders, models=str(folders / "b"), lengths=[32], parity="published").run(tmp_path / "out")
+    row = result["results"][0]
+    assert row["perplexity"] == pytest.approx(math.exp(row["loss"])) != row["published_mean_loss"]
+    assert result["table"].splitlines()[0].split()[-1] == "published_mean_loss"
+    assert "published_mean_loss" in (tmp_path / "out" / "perplexity.csv").read_text().splitlines()[0]
+
+
+@pytest.mark.usefixtures("without_figures")
+def test_segments_and_offload(folders, tmp_path, llama, stream):
+    whole, pieces = (
+        task(folders, models=str(folders / "b"), lengths=[64], segment_length=length).run(tmp_path / str(length))
+        for length in (None, 10)
+    )
+    assert pieces["results"][0]["nll_sum"] == pytest.approx(whole["results"][0]["nll_sum"], rel=1e-6)
+    assert pieces["protocol"]["segment_length"] == 10
+    with pytest.raises(ValueError, match="offload=true has no effect"):
+        task(folders, offload=True).run(tmp_path / "offload")
+
+
+@pytest.mark.usefixtures("without_figures")
+def test_a_killed_length_goes_on_in_its_middle(folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(perplexity_journal, "FLUSH_SECONDS", 0.0)
+    real, calls = perplexity.score_windows, []
+
+    def stopping(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*arguments, **options)
+
+    options = {"models": str(folders / "b"), "lengths": [32], "batch_tokens": 32}
+    whole = task(folders, **options).run(tmp_path / "whole")["results"][0]
+    monkeypatch.setattr(perplexity, "score_windows", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        task(folders, **options).run(tmp_path / "out")
+    again = task(folders, **options).run(tmp_path / "out")["results"][0]
+    assert len(calls) == 2 + whole["num_windows"] - 2 + 1
+    assert again | {"seconds": 0} == whole | {"seconds": 0}
+    assert [entry.suffix for entry in (tmp_path / "out" / "results").iterdir()] == [".json"]
+
+
 def test_labels_come_from_the_folder(folders):
     assert list(task(folders, models=str(folders / "a" / "model")).models) == ["a"]
     assert list(task(folders, models=str(folders / "b")).models) == ["b"]
@@ -148,6 +192,9 @@ def test_one_corpus_can_be_given_directly(folders, tmp_path):
         ({"stride": 9}, "stride must lie between 1 and the shortest length of 8"),
         ({"max_tokens": 1}, "max_tokens must be at least 2"),
         ({"batch_tokens": 0}, "batch_tokens must be at least 1"),
+        ({"segment_length": 0}, "segment_length must be at least 1"),
+        ({"parity": "paper"}, "parity is published or null"),
+        ({"parity": "published", "stride": 4}, "windows that do not overlap and no BOS"),
         ({"bos_token_id": -1}, "bos_token_id must be a token id"),
         ({"lengths": [8, 150]}, "a length of 150 needs 151 tokens, the text has 150"),
         ({"lengths": [8, 151], "bos_token_id": 0}, "a length of 151 needs 151 tokens, the text has 150"),
