@@ -60,3 +60,35 @@ def save_compression_figure(
     axes.legend(frameon=False)
     for ending in ("png", "svg"):
         figure.savefig(folder / f"figure.{ending}", dpi=150)
+
+
+# What is drawn of generated texts, and what is better.
+GENERATION_PANELS = (
+    ("rougeL", "ROUGE-L (higher is better)"),
+    ("bertscore_f1", "BERTScore F1 (higher is better)"),
+    ("judge_perplexity_mean_text", "perplexity of the judge (lower is better)"),
+    ("distinct_2", "distinct 2-grams"),
+    ("repetition", "repeated 4-grams (lower is better)"),
+)
+
+
+def save_generation_figure(rows: Sequence[Mapping[str, Any]], folder: Path) -> None:
+    """Save ``figure.png`` and ``figure.svg``: a panel for each score, against the ratio that was achieved.
+
+    Args:
+        rows: cells, each with ``method``, ``nominal_ratio``, ``achieved_ratio`` and scores.
+        folder: where to.
+    """
+    panels = [(name, label) for name, label in GENERATION_PANELS if all(row.get(name) is not None for row in rows)]
+    figure = Figure(figsize=(3.6 * len(panels), 3.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, (name, label) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        scores = [{**row, "perplexity": row[name]} for row in rows]
+        for index, (method, points) in enumerate(compression_curves(scores).items()):
+            look: dict[str, Any] = {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
+            axes.plot([p[0] for p in points], [p[1] for p in points], label=method, markersize=5, **look)
+        axes.set_xlabel("cache entries removed")
+        axes.set_title(label, loc="left", fontsize="medium")
+    figure.axes[0].legend(frameon=False, fontsize="small")
+    for ending in ("png", "svg"):
+        figure.savefig(folder / f"figure.{ending}", dpi=150)
