@@ -2,13 +2,24 @@
 
 from collections.abc import Callable
 from difflib import get_close_matches
+from functools import partial
 
-from evaluation.tasks import ruler
+from evaluation.tasks import demonstrations, helmet, infinitebench, longbench, ruler
 from evaluation.tasks.base import Example, Task
 
 __all__ = ["FAMILIES", "Example", "Task", "get_task", "task_names"]
 
+
+def _helmet_task(name: str) -> Task:
+    return demonstrations.DemonstrationTask(name) if name in demonstrations.NAMES else helmet.file_task(name)
+
+
 FAMILIES: dict[str, tuple[tuple[str, ...], Callable[[str], Task]]] = {
+    "longbench": (longbench.NAMES, longbench.LongBenchTask),
+    "longbench_parallelcomp": (longbench.NAMES, partial(longbench.LongBenchTask, parallelcomp=True)),
+    "infinitebench": (infinitebench.NAMES, infinitebench.InfiniteBenchTask),
+    "infinitebench_parallelcomp": (infinitebench.NAMES, partial(infinitebench.InfiniteBenchTask, parallelcomp=True)),
+    "helmet": ((*helmet.NAMES, *demonstrations.NAMES), _helmet_task),
     "ruler": (ruler.NAMES, ruler.RulerTask),
 }
 
