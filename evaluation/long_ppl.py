@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from evaluation.position_loss import bucket_nll
 from evaluation.results import write_text
 from evaluation.scoring import mean_report
 from losses.base_scoring import score_base_nll
@@ -171,10 +172,10 @@ def evaluate_long_ppl(
         intervals: the key characters of each text, from `find_key_intervals` or `read_key_file`.
 
     Returns:
-        ``long_ppl`` (None without a key token), ``num_key_tokens``, ``ppl``, ``num_targets``, and ``documents``: of
-        each text ``key_nll_sum``, ``num_key_tokens``, ``nll_sum``, ``num_targets``.
+        ``long_ppl`` (None without a key token), ``num_key_tokens``, ``ppl``, ``num_targets``, and ``documents``, see
+        `score_document`.
     """
-    documents = [_score_text(model, text, found) for text, found in zip(texts, intervals, strict=True)]
+    documents = [score_document(model, text, found) for text, found in zip(texts, intervals, strict=True)]
     total = {name: math.fsum(document[name] for document in documents) for name in _NAMES}
     return {
         "long_ppl": _mean_exponential(total["key_nll_sum"], total["num_key_tokens"]),
@@ -188,13 +189,30 @@ def evaluate_long_ppl(
 _NAMES = ("key_nll_sum", "num_key_tokens", "nll_sum", "num_targets")
 
 
-def _score_text(model: nn.Module, text: EncodedText, intervals: Sequence[Interval]) -> dict[str, float]:
+def score_document(
+    model: nn.Module, text: EncodedText, intervals: Sequence[Interval], *, edges: Sequence[int] = ()
+) -> dict[str, Any]:
+    """Sum the losses of a text.
+
+    Args:
+        model: the model that is evaluated.
+        text: the text in the model's tokens.
+        intervals: its key characters.
+        edges: borders of position buckets, the last at least the number of targets.
+
+    Returns:
+        ``key_nll_sum``, ``num_key_tokens``, ``nll_sum``, ``num_targets``; with edges also ``position_nll_sum`` and
+        ``position_counts`` of each bucket.
+    """
     tokens = _on_device(model, text)
-    if tokens.shape[1] < 2:
-        return dict.fromkeys(_NAMES, 0)
-    nll = full_context_nll(model, tokens)[0].double()
+    nll = full_context_nll(model, tokens)[0].double() if tokens.shape[1] > 1 else torch.zeros(0, dtype=torch.float64)
     targets = [position - 1 for position in tokens_in_intervals(text.offsets, intervals) if position > 0]
-    return dict(zip(_NAMES, (float(nll[targets].sum()), len(targets), float(nll.sum()), len(nll)), strict=True))
+    found = dict(zip(_NAMES, (float(nll[targets].sum()), len(targets), float(nll.sum()), len(nll)), strict=True))
+    if edges:
+        # bucket_nll counts positions of tokens, one more than the index of the target.
+        sums, counts = bucket_nll(nll, None, [edge + 1 for edge in edges])
+        found |= {"position_nll_sum": sums.tolist(), "position_counts": counts.tolist()}
+    return found
 
 
 def _mean_exponential(total: float, count: float) -> float | None:
