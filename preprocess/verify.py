@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
 import numpy as np
 
 from datamodules.corpus import TokenCorpus
 from datamodules.corpus_format import DOCUMENTS_FILE, META_FILE, OFFSET_DTYPE, file_sha256
+from datamodules.sequence_store import FORMAT as SEQUENCES
+from datamodules.sequence_store import SequenceStore
 from preprocess.command import run_command
 from preprocess.job import TOKENIZER_FOLDER
 from preprocess.tokenizers import load_tokenizer, tokenizer_identity
@@ -31,8 +34,29 @@ def verify_corpus(path: str | Path) -> TokenCorpus:
     return corpus
 
 
+def verify_sequences(path: Path) -> SequenceStore:
+    """Check a store of fixed-length sequences, every one against its hash.
+
+    Raises:
+        ValueError: a file or a sequence is damaged; names it.
+    """
+    store = SequenceStore(path)
+    for number in range(len(store)):
+        store[number]
+    return store
+
+
+def holds_sequences(path: Path) -> bool:
+    """Say whether ``meta.json`` calls the folder a sequence store; a damaged file is the corpus reader's to report."""
+    try:
+        meta = json.loads((path / META_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(meta, dict) and meta.get("format") == SEQUENCES
+
+
 def stores_in(path: Path) -> list[Path]:
-    """Return the token corpora at or directly below a path.
+    """Return the stores at or directly below a path.
 
     Raises:
         FileNotFoundError: there is none.
@@ -41,7 +65,7 @@ def stores_in(path: Path) -> list[Path]:
         return [path]
     stores = sorted(meta.parent for meta in path.glob(f"*/{META_FILE}"))
     if not stores:
-        raise FileNotFoundError(f"no token corpus at {path}: give a corpus folder or one of its splits")
+        raise FileNotFoundError(f"no token corpus and no sequences at {path}: give such a folder, or one of its splits")
     return stores
 
 
@@ -56,15 +80,20 @@ def verify_tokenizer(folder: Path, corpus: TokenCorpus) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    """Verify every split of a corpus folder."""
+    """Verify every split of a folder."""
     parser = argparse.ArgumentParser(
         prog="python -m preprocess.verify",
-        description="Check length and checksums of every split of a corpus folder, and its tokenizer.",
+        description="Check length and checksums of every split of a corpus folder, and its tokenizer; or every "
+        "sequence of a sequence store. (Scores: python -m preprocess.score_tokens --verify.)",
         epilog="example: python -m preprocess.verify data/books",
     )
-    parser.add_argument("path", type=Path, help="corpus folder, or one split of it")
+    parser.add_argument("path", type=Path, help="folder of a corpus or of sequences, or one split of it")
     path = parser.parse_args(arguments).path
     for store in stores_in(path):
+        if holds_sequences(store):
+            sequences = verify_sequences(store)
+            print(f"{store}: whole, {len(sequences):,} sequences of {sequences.length:,} tokens")
+            continue
         corpus = verify_corpus(store)
         if (path / TOKENIZER_FOLDER).is_dir():
             verify_tokenizer(path / TOKENIZER_FOLDER, corpus)

@@ -2,9 +2,12 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from datamodules.corpus_format import canonical_json, file_sha256, identity_of
+from preprocess.chunk_cut import Chunk
+from preprocess.chunk_store import SequenceWriter
 from preprocess.command import run_command
 from preprocess.corpora import ensure_corpus
 from preprocess.index import CorpusWriter
@@ -76,4 +79,30 @@ def test_offsets_that_do_not_fit_are_found_even_with_a_right_checksum(corpus_fol
 
 def test_nothing_there_is_said(tmp_path, capsys):
     assert run_command(main, [str(tmp_path)]) == 2
-    assert "no token corpus at" in capsys.readouterr().err
+    assert "no token corpus and no sequences at" in capsys.readouterr().err
+
+
+@pytest.fixture
+def sequences_folder(tmp_path):
+    (tmp_path / "train").mkdir()
+    writer = SequenceWriter(tmp_path / "train", 8)
+    for document in range(5):
+        writer.add(document, Chunk(np.arange(3 + document, dtype=np.int32), 0, 0))
+    writer.finish(bos_token_id=None, tail="short", parity=False, tokenizer="t", source="test")
+    return tmp_path
+
+
+def test_whole_sequences_pass(sequences_folder, capsys):
+    assert run_command(main, [str(sequences_folder)]) == 0
+    assert "train: whole, 5 sequences of 8 tokens" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["tokens.npy", "index.npy", "hashes.npy", "meta.json"])
+def test_a_flipped_bit_of_sequences_is_found(sequences_folder, capsys, name):
+    file = sequences_folder / "train" / name
+    content = bytearray(file.read_bytes())
+    content[-9] ^= 1
+    file.write_bytes(content)
+    assert run_command(main, [str(sequences_folder)]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: ") and message.count("\n") == 1 and "train" in message
