@@ -13,7 +13,10 @@ def main(arguments: list[str]) -> None:
     for sample in result["samples"] if result else ():
         print(sample["prompt"] + sample["continuation"])
         rate = sample["num_tokens"] / sample["seconds"]
-        print(f"[{sample['num_prompt_tokens']} + {sample['num_tokens']} tokens, {rate:.1f} tokens/s]", file=sys.stderr)
+        context = f"{sample['num_context_tokens']} + " if "num_context_tokens" in sample else ""
+        pieces = f" behind {sample['num_pieces']} pieces" if "num_pieces" in sample else ""
+        counts = f"{context}{sample['num_prompt_tokens']} + {sample['num_tokens']} tokens{pieces}"
+        print(f"[{counts}, {rate:.1f} tokens/s]", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ from patches.parallel_context.inputs import as_context, as_queries, as_targets
 from patches.parallel_context.meters import Recorder, check_meters
 from patches.parallel_context.patch import ParallelContext
 from patches.parallel_context.piece_policy import Queries
-from patches.parallel_context.prefixes import prefix_token_ids
 from patches.parallel_context.query_pass import Context, QueryPass
 from patches.parallel_context.scoring import ScoreResult, score_hidden
 from patches.parallel_context.splitting import token_list
@@ -37,19 +36,13 @@ class BoundContext:
                 stacklevel=4,
             )
         self._prefix: list[int] | None = None
-        self._open = True
+        self._open, self._warned = True, False
 
     def prefix_ids(self) -> list[int]:
         """Return the token ids of the `prefix` option."""
         self._check_open()
         if self._prefix is None:
-            self._prefix = prefix_token_ids(
-                self.options.prefix,
-                bos=self.options.prefix_bos,
-                repeat=self.options.prefix_repeat,
-                tokenizer=self.tokenizer,
-                config=self._hook.config,
-            )
+            self._prefix = self.options.prefix_ids(self.tokenizer, self._hook.config)
         return list(self._prefix)
 
     def encode(self, pieces: Any, prefix: Any = None, *, query_ids: Any = None) -> PieceCache:
@@ -172,6 +165,10 @@ class BoundContext:
     def _query(self, state: PieceCache, *, capacity: int, recorder: Recorder) -> QueryPass:
         if state.fingerprint and state.fingerprint != self._hook.fingerprint:
             raise ValueError("this state was encoded by another model; encode the context again")
+        selection, most = self.options.selection, max(state.num_pieces)
+        if selection is not None and self.options.degree is None and selection.keeps_all(most) and not self._warned:
+            self._warned = True
+            warnings.warn(f"selection has no effect on a context of {most} piece(s)", stacklevel=3)
         return QueryPass(self._hook, Context.of(state), options=self.options, capacity=capacity, recorder=recorder)
 
 

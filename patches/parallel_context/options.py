@@ -54,6 +54,10 @@ class SelectiveAttention:
         if not self.top_k and self.soft_temperature is None:
             warnings.warn("SelectiveAttention(top_k=0) without soft_temperature selects nothing", stacklevel=3)
 
+    def keeps_all(self, num_pieces: int) -> bool:
+        """Say whether so many pieces, or fewer, are all kept as they are."""
+        return num_pieces <= 1 or (self.soft_temperature is None and not 0 < self.top_k < num_pieces)
+
 
 @dataclass(frozen=True)
 class KeepPieces:

@@ -11,7 +11,8 @@ from patches.parallel_context.checks import check_choice, check_count, check_fla
 from patches.parallel_context.dispatch import IMPLEMENTATIONS, Implementation
 from patches.parallel_context.eviction import TokenEviction
 from patches.parallel_context.options import APE, KeepPieces, SelectiveAttention
-from patches.parallel_context.positions import check_mode
+from patches.parallel_context.positions import check_mode, next_position
+from patches.parallel_context.prefixes import prefix_token_ids
 from patches.parallel_context.problem import MEGABYTE
 from patches.parallel_context.splitting import SPLITS, SplitBy, split_context, token_list
 
@@ -100,8 +101,11 @@ class ParallelContext:
             idle.append("prefix_bos=False (the prefix is no text)")
         if self.prefix is None and self.prefix_repeat > 1:
             idle.append("prefix_repeat (there is no prefix)")
-        if self.degree == 1 and self.selection is not None:
+        selection = self.selection
+        if self.degree == 1 and selection is not None:
             idle.append("selection (there is one piece)")
+        elif self.degree and selection is not None and selection.top_k and selection.keeps_all(self.degree):
+            idle.append(f"selection (it keeps {selection.top_k} of {self.degree} pieces)")
         if self.degree is not None and self.piece_policy is not None and self.piece_policy.keep >= self.degree:
             idle.append(f"piece_policy (it keeps {self.piece_policy.keep} of {self.degree} pieces)")
         for option in idle:
@@ -131,6 +135,31 @@ class ParallelContext:
         return split_context(
             tokens, degree, by=self.split_by, overlap=self.overlap, separators=separators, joiner=joiner
         )
+
+    def split_documents(self, documents: Sequence[Sequence[int]]) -> list[list[int]]:
+        """Make pieces of documents, each a list of token ids; documents without a token are left out.
+
+        Without `degree` and `max_piece_tokens` each is a piece. By passages, whole documents are dealt to the pieces;
+        by tokens, `degree` cuts all documents as one text, and `max_piece_tokens` each of them by itself.
+        """
+        texts = [token_list(document) for document in documents if len(document)]
+        if self.degree is None and self.max_piece_tokens is None:
+            return texts
+        if self.split_by == "passages":
+            return self.split(texts)
+        if self.degree is not None:
+            return self.split([token for text in texts for token in text])
+        return [piece for text in texts for piece in self.split(text)]
+
+    def prefix_ids(self, tokenizer: Any, config: Any) -> list[int]:
+        """Return the token ids of `prefix`; ``config`` is the text model's, for its BOS without a tokenizer."""
+        return prefix_token_ids(
+            self.prefix, bos=self.prefix_bos, repeat=self.prefix_repeat, tokenizer=tokenizer, config=config
+        )
+
+    def num_positions(self, pieces: Sequence[Sequence[int]], *, prefix: int, query: int) -> int:
+        """Return how many positions a query of so many tokens reaches behind pieces and prefix."""
+        return int(next_position([len(piece) for piece in pieces], self.position_mode, prefix)) + query
 
     def bind(self, model: Any, tokenizer: Any = None) -> "AbstractContextManager[BoundContext]":
         """Bind to a model for the length of a ``with`` block; the model is left exactly as found.

@@ -70,9 +70,7 @@ def choose_pieces(scores: Tensor, top_k: int) -> Tensor:
 
 def selects(selection: SelectiveAttention | None, num_pieces: int) -> bool:
     """Say whether a selection has an effect on this many pieces."""
-    if selection is None or num_pieces <= 1:
-        return False
-    return selection.soft_temperature is not None or 0 < selection.top_k < num_pieces
+    return selection is not None and not selection.keeps_all(num_pieces)
 
 
 def weigh_groups(
