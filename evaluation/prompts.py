@@ -26,22 +26,27 @@ class PromptOptions:
             the ``query``.
         chat_template: whether the prompt is put into the tokenizer's chat template; None: where task and tokenizer
             want it.
+        max_prompt_tokens: tokens of instruction, query and context (of one piece, where the context is split by
+            ``max_piece_tokens``) at most; None: no limit.
     """
 
     max_context_tokens: int | None = None
     truncation: Truncation = "none"
     instruction: Place = "prefix"
     chat_template: bool | None = None
+    max_prompt_tokens: int | None = None
 
     def __post_init__(self) -> None:
         if self.truncation not in get_args(Truncation):
             raise ValueError(f"truncation is one of {', '.join(get_args(Truncation))}, got {self.truncation!r}")
         if self.instruction not in get_args(Place):
             raise ValueError(f"instruction is one of {', '.join(get_args(Place))}, got {self.instruction!r}")
-        if self.max_context_tokens is not None and self.max_context_tokens < 1:
-            raise ValueError(f"max_context_tokens must be at least 1, got {self.max_context_tokens}")
-        if self.truncation != "none" and self.max_context_tokens is None:
-            raise ValueError(f"truncation={self.truncation} needs max_context_tokens")
+        for name in ("max_context_tokens", "max_prompt_tokens"):
+            number = getattr(self, name)
+            if number is not None and number < 1:
+                raise ValueError(f"{name} must be at least 1, got {number}")
+        if self.truncation != "none" and self.max_context_tokens is None and self.max_prompt_tokens is None:
+            raise ValueError(f"truncation={self.truncation} needs max_context_tokens or max_prompt_tokens")
 
 
 @dataclass(frozen=True)
@@ -97,54 +102,61 @@ class PromptMaker:
         if self.chat:
             head, instruction, query = self._rendered(instruction, query)
         place = self.options.instruction
-        first = self._ids(instruction)
-        pieces = self._pieces(example, first if place == "pieces" else [])
-        total = sum(map(len, pieces)) - (len(first) * len(pieces) if place == "pieces" else 0)
-        prefix = self._ids(head + instruction) if place == "prefix" else self._ids(head)
+        first, front = self._ids(instruction), self._ids(head)
         asked = self._ids(instruction + query) if place == "query" else self._ids(query)
+        prefix = self._ids(head + instruction) if place == "prefix" else front
+        room = self._room(example, len(prefix) + len(asked) + (len(first) if place == "pieces" else 0))
+        pieces = self._pieces(example, room)
+        total = sum(map(len, pieces))
         if not pieces and not asked:
             raise ValueError(f"example {example.id} has neither context nor query")
-        if place == "pieces" and not pieces:
-            prefix += first
+        if place == "pieces":
+            prefix = prefix if pieces else prefix + first
+            pieces = [first + piece for piece in pieces]
         return Prompt(prefix, pieces, asked, total)
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
 
-    def _pieces(self, example: Example, front: list[int]) -> list[list[int]]:
+    def _room(self, example: Example, taken: int) -> int | None:
+        """Return how many tokens of context (of one piece) go beside the rest of the prompt; None: any number."""
+        limit = self.options.max_prompt_tokens
+        if limit is None:
+            return None
+        if taken >= limit:
+            raise ValueError(
+                f"example {example.id} has {taken} tokens of instruction and query, max_prompt_tokens={limit} leaves "
+                "none for the context"
+            )
+        return limit - taken
+
+    def _pieces(self, example: Example, room: int | None) -> list[list[int]]:
         passages = [ids for ids in map(self._ids, example.passages) if ids]
-        limit, how = self.options.max_context_tokens, self.options.truncation
-        total = sum(map(len, passages))
+        by_size = self.patch is not None and self.patch.max_piece_tokens is not None
+        limits = [self.options.max_context_tokens, None if by_size else room]
+        limit = min((number for number in limits if number is not None), default=None)
+        how, total = self.options.truncation, sum(map(len, passages))
         if limit is not None and total > limit and how == "none":
             raise ValueError(
-                f"example {example.id} has a context of {total} tokens, above max_context_tokens={limit}: "
+                f"example {example.id} has a context of {total} tokens, above the limit of {limit}: "
                 "choose truncation=middle, left or right"
             )
-        if len(passages) == 1:
-            ids = truncate(passages[0], limit, how)
-            pieces = self._split(ids)
-        else:
-            pieces = self._deal(_drop(passages, limit, how))
-        return [front + piece for piece in pieces]
+        if len(passages) != 1:
+            passages = _drop(passages, limit, how)
+            return split_context(passages, self._degree(passages, room), by="passages")
+        ids = truncate(passages[0], limit, how)
+        by = "tokens" if self.patch is None or self.patch.split_by == "passages" else self.patch.split_by
+        overlap = 0 if self.patch is None else self.patch.overlap
+        return split_context(ids, self._degree([ids], room), by=by, overlap=overlap)
 
-    def _split(self, ids: list[int]) -> list[list[int]]:
-        patch = self.patch
-        if patch is None or (patch.degree is None and patch.max_piece_tokens is None):
-            return [ids] if ids else []
-        if patch.split_by == "passages":
-            return split_context(ids, self._degree([ids]))
-        return patch.split(ids)
-
-    def _deal(self, passages: list[list[int]]) -> list[list[int]]:
-        return split_context(passages, self._degree(passages), by="passages")
-
-    def _degree(self, passages: list[list[int]]) -> int:
+    def _degree(self, passages: list[list[int]], room: int | None) -> int:
         patch = self.patch
         if patch is None:
             return 1
-        if patch.degree is not None or patch.max_piece_tokens is None:
+        if patch.max_piece_tokens is None:
             return patch.degree or 1
-        return max(1, -(-sum(map(len, passages)) // patch.max_piece_tokens))
+        size = min(patch.max_piece_tokens, room or patch.max_piece_tokens)
+        return max(1, -(-sum(map(len, passages)) // size))
 
     def _rendered(self, instruction: str, query: str) -> tuple[str, str, str]:
         """Return the head of the chat template, the instruction, and the query with the template's end."""

@@ -58,6 +58,7 @@ def evaluate_task(
     max_new_tokens: int | None = None,
     chat_template: bool | None = None,
     scoring: Scoring = "generate",
+    max_prompt_tokens: int | None = None,
 ) -> dict[str, Any] | None:
     """Answer what is missing of a process's share of the examples, and publish once all are there.
 
@@ -81,6 +82,7 @@ def evaluate_task(
         chat_template: True: refuse a tokenizer without one; None: the task's own wish, where there is a template.
         scoring: ``generate``, or ``teacher_forced``: whether every token of the right answer is the likeliest
             (``score``), and its negative log-likelihood.
+        max_prompt_tokens: tokens of instruction, query and context (or one piece of it) at most.
 
     Returns:
         The metrics; None as long as other processes are at work.
@@ -94,7 +96,7 @@ def evaluate_task(
         raise ValueError(f"batch_size must be at least 1 and rank below world_size, got {batch_size}, {rank}")
     if scoring not in ("generate", "teacher_forced"):
         raise ValueError(f"scoring is generate or teacher_forced, got {scoring!r}")
-    options = PromptOptions(max_context_tokens, truncation, instruction, chat_template)
+    options = PromptOptions(max_context_tokens, truncation, instruction, chat_template, max_prompt_tokens)
     maker = PromptMaker(tokenizer, patch, options, chat=_wants_chat(task, tokenizer, chat_template))
     run = _Run(task, patch, model, tokenizer, maker, scoring, max_new_tokens)
     protocol = run_identity(

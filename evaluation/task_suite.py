@@ -8,6 +8,7 @@ from __future__ import annotations
 import platform
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,7 +40,9 @@ class TaskSuite:
         method: a published baseline instead of a patch (`patches.parallel_context.baseline`).
         capacity: slots per layer and head that the baseline keeps.
         label: name of the column; None: made of method or patch.
+        task_patches: options of the patch that single tasks change, ``{"passkey": {"piece_policy.keep": 1}}``.
         max_context_tokens: tokens of a context at most.
+        max_prompt_tokens: tokens of instruction, query and context (or one piece of it) at most.
         truncation: what a longer context loses: none, middle, left, right.
         instruction: where the instruction stands: prefix, pieces, query.
         chat_template: True asks for one; None: where task and tokenizer want it.
@@ -66,7 +69,9 @@ class TaskSuite:
         method: str | None = None,
         capacity: int | None = None,
         label: str | None = None,
+        task_patches: Mapping[str, Mapping[str, Any]] | None = None,
         max_context_tokens: int | None = None,
+        max_prompt_tokens: int | None = None,
         truncation: Truncation = "none",
         instruction: Place = "prefix",
         chat_template: bool | None = None,
@@ -83,16 +88,22 @@ class TaskSuite:
             raise ValueError(f"method={method} is a patch of its own: pass patch=none, or leave method out")
         if method is None and capacity is not None:
             raise ValueError("capacity belongs to a method: pass method=snapkv, say")
-        PromptOptions(max_context_tokens, truncation, instruction, chat_template)
+        PromptOptions(max_context_tokens, truncation, instruction, chat_template, max_prompt_tokens)
         for name, number in (("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):
             if number is not None and number < 1:
                 raise ValueError(f"{name} must be at least 1, got {number}")
         (self.model,) = sweep_models(model, tokenizer)
         self.source = source
         self.patch = baseline(method, capacity=capacity) if method is not None else patch  # type: ignore[arg-type]
+        self.task_patches = dict(task_patches or {})
+        if self.patch is None and self.task_patches:
+            raise ValueError("task_patches change a patch, but there is none: pass patch=NAME")
+        for changes in self.task_patches.values():
+            changed_patch(self.patch, changes)
         self.label = _label(label, method, capacity, patch)
         self.options: dict[str, Any] = {
             "max_context_tokens": max_context_tokens,
+            "max_prompt_tokens": max_prompt_tokens,
             "truncation": truncation,
             "instruction": instruction,
             "chat_template": chat_template,
@@ -131,7 +142,7 @@ class TaskSuite:
         for cell, examples in work:
             evaluate_task(
                 cell.task,
-                self.patch,
+                changed_patch(self.patch, self.task_patches.get(cell.task.set_name, {})),
                 model,
                 self.model.tokenizer,
                 examples,
@@ -153,6 +164,24 @@ class TaskSuite:
         if self.quantization is None:
             return self.model.load(dtype=dtype, device=self.device)
         return load_quantized(str(self.model.source), self.quantization, self.backend, dtype=dtype, device=self.device)
+
+
+def changed_patch(patch: ParallelContext | None, changes: Mapping[str, Any]) -> ParallelContext | None:
+    """Return a patch with other options; ``piece_policy.keep`` names an option inside an option.
+
+    Raises:
+        ValueError: there is no such option.
+    """
+    for name, value in changes.items():
+        outer, _, inner = name.partition(".")
+        holder = getattr(patch, outer, None) if inner else patch
+        if not hasattr(holder, inner or outer):
+            raise ValueError(f"task_patches: the patch has no option {name}")
+        assert patch is not None
+        if inner:
+            value = replace(holder, **{inner: value})  # type: ignore[type-var]
+        patch = replace(patch, **{outer: value})
+    return patch
 
 
 def _label(label: str | None, method: str | None, capacity: int | None, patch: ParallelContext | None) -> str:
