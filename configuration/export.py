@@ -14,11 +14,10 @@ from transformers import PreTrainedModel
 from callbacks.checkpoint import checkpoint_step, named_checkpoint, read_checkpoint
 from configuration.run_folder import other_owner, read_config, run_of
 from configuration.targets import build
+from lightning_modules.lora import MergedModel
 
-_PREFIX = "model."
 
-
-def save_model_folder(model: PreTrainedModel, folder: Path, *, tokenizer: Path | None) -> None:
+def save_model_folder(model: PreTrainedModel | MergedModel, folder: Path, *, tokenizer: Path | None) -> None:
     """Write config, safetensors weights and tokenizer; the folder appears complete or not at all.
 
     Raises:
@@ -81,14 +80,23 @@ class CheckpointExport:
         self.dtype = dtype
 
     def run(self, output: Path | None) -> dict[str, Any]:
-        """Write the folder (the one given at construction; ``output`` is the same) and return what was written."""
+        """Write the folder (the one given at construction; ``output`` is the same) and return what was written.
+
+        Adapters are added to the weights of the model that they were trained on, which is loaded from where the run
+        had it.
+
+        Raises:
+            ValueError: that model is another one now.
+        """
         import models  # noqa: F401 - registers the suite's models
 
-        model = build(read_config(self.run_folder)["model"])()
-        state = read_checkpoint(self.checkpoint)["state_dict"]
-        model.load_state_dict({name.removeprefix(_PREFIX): tensor for name, tensor in state.items()})
-        model.to(getattr(torch, self.dtype))
+        config, checkpoint = read_config(self.run_folder), read_checkpoint(self.checkpoint)
+        module = build(config["module"], "module")
+        module.configure_model()
+        module.on_load_checkpoint(checkpoint)
+        module.load_state_dict(checkpoint["state_dict"])
+        model = module.model_to_export().to(getattr(torch, self.dtype))
         tokenizer = self.run_folder / "tokenizer"
         save_model_folder(model, self.output, tokenizer=tokenizer if tokenizer.is_dir() else None)
-        parameters = sum(p.numel() for p in model.parameters())
+        parameters = sum(p.numel() for p in module.model.parameters())
         return {"model": str(self.output), "checkpoint": str(self.checkpoint), "parameters": parameters}

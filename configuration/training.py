@@ -22,6 +22,7 @@ from configuration.quiet import quiet
 from configuration.run_folder import open_run, versions, write_start
 from configuration.targets import build
 from evaluation.results import write_json
+from lightning_modules.lora import has_adapters
 
 
 def run(config: dict[str, Any], say: Callable[[str], None] = lambda _: None) -> None:
@@ -170,6 +171,8 @@ def finish(trainer: pl.Trainer, module: pl.LightningModule, data: pl.LightningDa
     if config["export_model"]:
         tokenizer = folder / "tokenizer" if (folder / "tokenizer").is_dir() else None
         save_model_folder(module.model_to_export(), folder / "model", tokenizer=tokenizer)
+        if has_adapters(module.model):
+            module.save_adapter(folder / "adapter")
 
 
 def protocol(config: dict[str, Any], data: Any) -> dict[str, Any]:

@@ -10,6 +10,7 @@ B batch, T tokens.
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -17,7 +18,9 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from lightning_modules.adapter_checkpoint import frozen_identity, leave_frozen_out, put_frozen_back
 from lightning_modules.batch_targets import labels_inside_documents, num_targets
+from lightning_modules.lora import MergedModel, has_adapters, save_adapter
 from lightning_modules.model_identity import refuse_other_model
 from lightning_modules.optimization import Optimization, decay_groups, group_options, total_grad_norm
 from lightning_modules.packed_rows import document_inputs
@@ -59,6 +62,7 @@ class CausalLMModule(pl.LightningModule):
         self.max_steps, self.seed = max_steps, seed
         self.gradient_checkpointing, self.compile_model = gradient_checkpointing, compile
         self.grad_norm: torch.Tensor | None = None
+        self._frozen_identity: str | None = None
         self.step_targets = StepTargets()
 
     def configure_model(self) -> None:
@@ -163,17 +167,31 @@ class CausalLMModule(pl.LightningModule):
         self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def model_to_export(self) -> Any:
-        """What a finished run saves with ``save_pretrained``; methods with adapters add them to the weights here."""
-        return self.model
+        """What a finished run saves with ``save_pretrained``: the model, adapters added to its weights."""
+        return MergedModel(self.model) if has_adapters(self.model) else self.model
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Store the model's configuration beside its weights."""
-        checkpoint["model_config"] = self.model.config.to_json_string(use_diff=False)
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another model.
+    def save_adapter(self, folder: str | Path) -> None:
+        """Write the adapters in PEFT's format.
 
         Raises:
-            ValueError: its configuration or its tensors are not those of this model.
+            ValueError: the model has none.
         """
+        save_adapter(self.model, folder)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Store the model's configuration beside its weights; of a model with adapters only what training changes."""
+        checkpoint["model_config"] = self.model.config.to_json_string(use_diff=False)
+        if has_adapters(self.model) and "state_dict" in checkpoint:
+            if self._frozen_identity is None:
+                self._frozen_identity = frozen_identity(self)
+            leave_frozen_out(self, checkpoint, self._frozen_identity)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another model; put frozen weights back that it leaves out.
+
+        Raises:
+            ValueError: its configuration, its tensors or the weights that its adapters stand on are not those of this
+                model.
+        """
+        put_frozen_back(self, checkpoint)
         refuse_other_model(self, checkpoint)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from copy import deepcopy
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -31,17 +33,55 @@ def add_lora(model: PreTrainedModel, options: Mapping[str, Any]) -> Any:
         raise ValueError(f"lora={dict(options)} is refused by PEFT: {error}") from error
 
 
-def trained_names(module: nn.Module) -> set[str]:
-    """Names in the state dict of a module that training changes: trainable parameters."""
-    return {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+def has_adapters(model: nn.Module) -> bool:
+    """Whether PEFT has put adapters on a model."""
+    return hasattr(model, "peft_config")
 
 
-def is_adapted(model: nn.Module) -> bool:
-    """Whether some parameters are frozen, so that a checkpoint need not hold them."""
-    return any(not parameter.requires_grad for parameter in model.parameters())
+def save_adapter(model: Any, folder: str | Path) -> None:
+    """Write a PEFT adapter folder, without any full embedding.
+
+    Raises:
+        ValueError: the model has no adapter.
+    """
+    if not has_adapters(model):
+        raise ValueError("the model has no adapter: save the model itself")
+    # What PEFT decides by itself ("auto") depends on whether it can look at the original model.
+    model.save_pretrained(folder, save_embedding_layers=False)
 
 
-def only_trained(module: nn.Module, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The entries of a state dict that training changes."""
-    names = trained_names(module)
-    return {name: tensor for name, tensor in state_dict.items() if name in names}
+class Companion(Protocol):
+    """What is saved beside a model, such as its sentinels."""
+
+    def save(self, folder: str | Path) -> None:
+        """Write it into a folder."""
+
+
+class MergedModel:
+    """A model whose adapters are added to its weights when it is saved; the model itself stays as it is.
+
+    Args:
+        model: with adapters or without.
+        companion: saved beside it.
+    """
+
+    def __init__(self, model: Any, companion: Companion | None = None):
+        self.model, self.companion = model, companion
+        self.dtype: torch.dtype | None = None
+
+    def to(self, dtype: torch.dtype) -> MergedModel:
+        """Choose the dtype of what is saved; adapters are added before the weights are rounded."""
+        self.dtype = dtype
+        return self
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write a Hugging Face model folder, and the companion."""
+        self.merged().save_pretrained(folder)
+        if self.companion is not None:
+            self.companion.save(folder)
+
+    def merged(self) -> PreTrainedModel:
+        """Return a plain copy of the model, adapters added."""
+        copy = deepcopy(self.model)
+        plain = copy.merge_and_unload() if has_adapters(copy) else copy
+        return plain if self.dtype is None else plain.to(self.dtype)

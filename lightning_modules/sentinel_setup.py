@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
+from lightning_modules import lora as adapters
 from lightning_modules.fine_tuning import build_model
-from lightning_modules.lora import add_lora
+from lightning_modules.lora import MergedModel, add_lora
 from patches.sentinel.sentinels import FILE_NAME, Sentinels, add_sentinels
+
+__all__ = ["ATTENTION_PROJECTIONS", "MergedModel", "attention_projections", "build_compressed_model", "save_adapter"]
 
 _LLAMA = ("q_proj", "k_proj", "v_proj", "o_proj")
 _OUT_PROJ = ("q_proj", "k_proj", "v_proj", "out_proj")
@@ -87,35 +89,10 @@ def attention_projections(model_type: str) -> list[str] | str:
 
 
 def save_adapter(model: Any, sentinels: Sentinels | None, folder: str | Path) -> None:
-    """Write a PEFT adapter folder, without any full embedding, and ``sentinels.json``.
-
-    Raises:
-        ValueError: the model has no adapter.
-    """
-    if not hasattr(model, "peft_config"):
-        raise ValueError("the model has no adapter: save the model itself")
-    # What PEFT decides by itself ("auto") depends on whether it can look at the original model.
-    model.save_pretrained(folder, save_embedding_layers=False)
+    """Write a PEFT adapter folder and ``sentinels.json``; errors as `lightning_modules.lora.save_adapter`."""
+    adapters.save_adapter(model, folder)
     if sentinels is not None:
         sentinels.save(folder)
-
-
-class MergedModel:
-    """A model whose adapters are added to its weights when it is saved; the model itself stays as it is."""
-
-    def __init__(self, model: Any, sentinels: Sentinels | None):
-        self.model, self.sentinels = model, sentinels
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write a Hugging Face model folder with ``sentinels.json``."""
-        self.merged().save_pretrained(folder)
-        if self.sentinels is not None:
-            self.sentinels.save(folder)
-
-    def merged(self) -> PreTrainedModel:
-        """Return a plain copy of the model, adapters added."""
-        copy = deepcopy(self.model)
-        return copy.merge_and_unload() if hasattr(copy, "merge_and_unload") else copy
 
 
 def _saved(folder: str) -> Sentinels | None:
