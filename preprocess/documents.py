@@ -16,7 +16,8 @@ from typing import Any, Literal, NamedTuple, Protocol
 TRAIN, VALIDATION, TEST = SPLITS = ("train", "validation", "test")
 DEFAULT_VALIDATION_FRACTION = 0.05
 TEXT_COLUMN = "text"
-SPLIT_NAME = re.compile(r"(train|validation|valid|val|dev|test)(?![a-z])", re.IGNORECASE)
+# WikiText and C4 put their own names in front.
+SPLIT_NAME = re.compile(r"(?:wiki\.|c4-)?(train|validation|valid|val|dev|test)(?![a-z])", re.IGNORECASE)
 SPLIT_OF_NAME = {"train": TRAIN, "validation": VALIDATION, "valid": VALIDATION, "val": VALIDATION, "dev": VALIDATION}
 SPLIT_OF_NAME["test"] = TEST
 

@@ -1,4 +1,4 @@
-"""Rows of one file: plain text, json lines (plain, gzip, zstd) and parquet, all streamed.
+"""Rows of one file: plain text, lines of WikiText, json lines (plain, gzip, zstd) and parquet, all streamed.
 
 Notable: bytes that are not UTF-8 are reported with file and place, whatever the format.
 """
@@ -19,7 +19,9 @@ from preprocess.documents import TEXT_COLUMN, ReadOptions, matches
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst", ".tex", ".py")
 LINES_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".json.zst")
 JSON_SUFFIX, PARQUET_SUFFIX = ".json", ".parquet"
-KNOWN_SUFFIXES = (*TEXT_SUFFIXES, *LINES_SUFFIXES, JSON_SUFFIX, PARQUET_SUFFIX)
+# WikiText as its authors publish it: a row per line, and rows of blanks are empty, as in its json and parquet forms.
+RAW_SUFFIX = ".raw"
+KNOWN_SUFFIXES = (*TEXT_SUFFIXES, *LINES_SUFFIXES, JSON_SUFFIX, PARQUET_SUFFIX, RAW_SUFFIX)
 PARQUET_BATCH_ROWS = 16
 
 
@@ -39,6 +41,8 @@ def read_rows(path: Path, options: ReadOptions, *, row: int = 0) -> Iterator[tup
     try:
         if suffix in TEXT_SUFFIXES or suffix is None:
             rows = _read_text(path, options, row=row)
+        elif suffix == RAW_SUFFIX:
+            rows = _read_raw(path, options, row=row)
         elif suffix == PARQUET_SUFFIX:
             rows = _read_parquet(path, options, row=row)
         else:
@@ -88,10 +92,23 @@ def text_of(record: dict[str, Any], place: str, *, options: ReadOptions) -> str:
 
 
 def _read_text(path: Path, options: ReadOptions, *, row: int) -> Iterator[tuple[int, str]]:
-    if options.where is not None or options.text_column != TEXT_COLUMN:
-        raise ValueError(f"{path} is plain text: --where and --text-column choose among columns, which it has none of")
+    _refuse_columns(path, options)
     if row == 0:
         yield 0, decode(path.read_bytes(), str(path), errors=options.errors)
+
+
+def _read_raw(path: Path, options: ReadOptions, *, row: int) -> Iterator[tuple[int, str]]:
+    _refuse_columns(path, options)
+    with path.open("rb", buffering=1 << 20) as file:
+        for number, line in enumerate(file):
+            if number >= row:
+                text = decode(line, f"{path} line {number + 1}", errors=options.errors)
+                yield number, text if text.strip() else ""
+
+
+def _refuse_columns(path: Path, options: ReadOptions) -> None:
+    if options.where is not None or options.text_column != TEXT_COLUMN:
+        raise ValueError(f"{path} is plain text: --where and --text-column choose among columns, which it has none of")
 
 
 def _read_lines(path: Path, options: ReadOptions, *, row: int) -> Iterator[tuple[int, str]]:

@@ -25,6 +25,7 @@ from preprocess.records import (
     KNOWN_SUFFIXES,
     LINES_SUFFIXES,
     PARQUET_SUFFIX,
+    RAW_SUFFIX,
     TEXT_SUFFIXES,
     read_rows,
     suffix_of,
@@ -132,7 +133,7 @@ def _of_one_kind(path: Path, files: list[tuple[Path, str]], *, suffixes: tuple[s
     if suffixes:
         return [entry for entry in files if entry[1].lower().endswith(tuple(suffix.lower() for suffix in suffixes))]
     kinds = {name: suffix_of(file) for file, name in files}
-    data = [entry for entry in files if kinds[entry[1]] in (*LINES_SUFFIXES, PARQUET_SUFFIX)]
+    data = [entry for entry in files if kinds[entry[1]] in (*LINES_SUFFIXES, PARQUET_SUFFIX, RAW_SUFFIX)]
     lines = [entry for entry in files if kinds[entry[1]] == JSON_SUFFIX]
     texts = [entry for entry in files if kinds[entry[1]] in TEXT_SUFFIXES]
     if lines and texts and not data:
