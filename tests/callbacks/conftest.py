@@ -1,5 +1,8 @@
 """A tiny language model with dropout, its datamodule and a trainer: what every callback is tested with."""
 
+import sys
+from pathlib import Path
+
 import lightning.pytorch as pl
 import pytest
 import torch
@@ -8,6 +11,9 @@ from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from losses.cross_entropy import next_token_nll
+
+# What evaluation is tested against serves the callbacks too.
+sys.path.insert(0, str(Path(__file__).parents[1] / "evaluation"))
 
 VOCAB, LENGTH = 31, 16
 

@@ -1,9 +1,15 @@
 """Tiny models for the evaluation tests."""
 
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
+
+# The importlib mode of pytest does not put test folders on the path.
+sys.path.insert(0, str(Path(__file__).parent))
 
 
 @pytest.fixture(scope="session")
