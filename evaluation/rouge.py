@@ -1,17 +1,25 @@
-"""ROUGE by words: overlap of a text with its reference, without downloads, stemming or sentence splitting."""
+"""ROUGE by words: overlap of a text with its reference, without downloads or sentence splitting."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Hashable, Sequence
-from typing import Literal
+from typing import Literal, get_args
 
+from evaluation.porter import stem
+from evaluation.rouge_bpe import published_scores
+
+Variant = Literal["word", "published_bpe"]
+NAMES = ("rouge1", "rouge2", "rougeL")
 WORDS = re.compile(r"[a-z0-9]+")
+# Shorter words are their own stems.
+STEMMED_LETTERS = 4
 
 
 def rouge(
-    predictions: Sequence[str], references: Sequence[str], *, variant: Literal["word"] = "word"
+    predictions: Sequence[str], references: Sequence[str], *, variant: Variant = "word", stemmer: bool = False
 ) -> dict[str, float]:
     """Return the mean F1 of ROUGE-1, ROUGE-2 and ROUGE-L over pairs of texts.
 
@@ -19,26 +27,40 @@ def rouge(
         predictions: texts to score.
         references: one for each.
         variant: ``word``: words are runs of ``[a-z0-9]`` of the lower-case text; counts of n-grams are clipped, the
-            longest common subsequence runs over the whole text.
+            longest common subsequence runs over the whole text. ``published_bpe``: texts are byte-pair tokens joined
+            by blanks, scored as the published evaluation of DRT does (`evaluation.rouge_bpe`).
+        stemmer: replace words of more than three letters by their stems (`evaluation.porter`).
 
     Returns:
         ``rouge1``, ``rouge2``, ``rougeL``, each in [0, 1]. A text without words scores 0.
 
     Raises:
-        ValueError: lists of different lengths or empty ones, or another variant.
+        ValueError: lists of different lengths or empty ones, another variant, or stems of byte-pair tokens.
     """
-    if variant != "word":
-        raise ValueError(f"variant is word, got {variant!r}")
     if len(predictions) != len(references) or not predictions:
         raise ValueError(f"each text needs one reference, got {len(predictions)} texts and {len(references)}")
-    sums = {"rouge1": 0.0, "rouge2": 0.0, "rougeL": 0.0}
-    for prediction, reference in zip(predictions, references, strict=True):
-        mine, wanted = WORDS.findall(prediction.lower()), WORDS.findall(reference.lower())
-        for size, name in ((1, "rouge1"), (2, "rouge2")):
-            ours, theirs = _ngrams(mine, size), _ngrams(wanted, size)
-            sums[name] += _f1((ours & theirs).total(), ours.total(), theirs.total())
-        sums["rougeL"] += _f1(longest_common_subsequence(mine, wanted), len(mine), len(wanted))
-    return {name: value / len(predictions) for name, value in sums.items()}
+    pairs = zip(predictions, references, strict=True)
+    scores = [pair_scores(*pair, variant=variant, stemmer=stemmer) for pair in pairs]
+    return {name: math.fsum(score[name] for score in scores) / len(scores) for name in NAMES}
+
+
+def pair_scores(
+    prediction: str, reference: str, *, variant: Variant = "word", stemmer: bool = False
+) -> dict[str, float]:
+    """Return the F1 of one text, see `rouge`."""
+    if variant not in get_args(Variant):
+        raise ValueError(f"variant is word or published_bpe, got {variant!r}")
+    if variant == "published_bpe":
+        if stemmer:
+            raise ValueError("stemmer=True has no effect on variant=published_bpe, leave it out")
+        return published_scores(prediction, reference)
+    mine, wanted = _words(prediction, stemmer=stemmer), _words(reference, stemmer=stemmer)
+    scores = {}
+    for size, name in ((1, "rouge1"), (2, "rouge2")):
+        ours, theirs = _ngrams(mine, size), _ngrams(wanted, size)
+        scores[name] = _f1((ours & theirs).total(), ours.total(), theirs.total())
+    scores["rougeL"] = _f1(longest_common_subsequence(mine, wanted), len(mine), len(wanted))
+    return scores
 
 
 def longest_common_subsequence(one: Sequence[Hashable], two: Sequence[Hashable]) -> int:
@@ -54,6 +76,11 @@ def longest_common_subsequence(one: Sequence[Hashable], two: Sequence[Hashable])
             row[place] = diagonal + 1 if item == other else max(above, row[place - 1])
             diagonal = above
     return row[-1]
+
+
+def _words(text: str, *, stemmer: bool) -> list[str]:
+    words = WORDS.findall(text.lower())
+    return [stem(word) if len(word) >= STEMMED_LETTERS else word for word in words] if stemmer else words
 
 
 def _ngrams(words: Sequence[str], size: int) -> Counter[tuple[str, ...]]:
