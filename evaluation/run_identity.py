@@ -1,17 +1,15 @@
-"""What the answers to a task depend on, and what a model cannot take."""
+"""What the answers to a task depend on."""
 
 from __future__ import annotations
 
 import hashlib
-import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 import torch
 
-from evaluation.loading import has_position_table, max_positions
-from evaluation.prompts import Prompt, PromptOptions
+from evaluation.prompts import PromptOptions
 from evaluation.results import digest
 from evaluation.tasks.base import Example, Task
 from patches.parallel_context import ParallelContext
@@ -68,26 +66,3 @@ def model_fingerprint(model: Any) -> str:
         picked = flat[torch.linspace(0, len(flat) - 1, min(SAMPLES, len(flat))).long().to(flat.device)]
         hasher.update(f"{name}{tuple(weight.shape)}{picked.float().cpu().tolist()}".encode())
     return "sha256:" + hasher.hexdigest()
-
-
-def check_fit(model: Any, patch: ParallelContext | None, prompts: Sequence[Prompt]) -> None:
-    """Refuse windows that are longer than what a model was made for; warn of one long context.
-
-    Raises:
-        ValueError: a window of a split context, or any context of a model with a table of positions, does not fit.
-    """
-    limit = max_positions(model.config)
-    if limit is None:
-        return
-    for prompt in prompts:
-        longest = max(map(len, prompt.pieces), default=0) + len(prompt.prefix)
-        if patch is not None and len(prompt.pieces) > 1 and longest > limit:
-            raise ValueError(
-                f"a window has {longest} tokens with its prefix, but the model was made for {limit}: "
-                f"set max_piece_tokens below {limit - len(prompt.prefix)}, or a higher degree"
-            )
-        if len(prompt.tokens) > limit and len(prompt.pieces) <= 1:
-            sentence = f"a prompt of {len(prompt.tokens)} tokens is beyond the {limit} the model was made for"
-            if has_position_table(model.config):
-                raise ValueError(f"{sentence}: pass max_context_tokens and truncation=middle")
-            warnings.warn(f"{sentence}; its answers may be poor", stacklevel=4)

@@ -6,20 +6,19 @@ reads all of them and computes what is missing, with any number of processes.
 
 from __future__ import annotations
 
-import os
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from evaluation.answer_files import answers_done, claim_folder, publish
 from evaluation.answering import Answer, Answerer, answerer
 from evaluation.parallel_journal import CellJournal
 from evaluation.peak_memory import PeakMemory
 from evaluation.prompts import Place, Prompt, PromptMaker, PromptOptions, Truncation, truncate
-from evaluation.results import digest, json_text, read_json, write_text
-from evaluation.run_identity import check_fit, run_identity
+from evaluation.run_checks import check_fit, tell_idle
+from evaluation.run_identity import run_identity
 from evaluation.tasks.base import Example, Task
 from patches.parallel_context import ParallelContext
 
@@ -90,12 +89,7 @@ def evaluate_task(
     Raises:
         ValueError: the folder belongs to other settings, or an option cannot serve this model.
     """
-    if not examples:
-        raise ValueError(f"{task.name} has no examples")
-    if batch_size < 1 or not 0 <= rank < world_size:
-        raise ValueError(f"batch_size must be at least 1 and rank below world_size, got {batch_size}, {rank}")
-    if scoring not in ("generate", "teacher_forced"):
-        raise ValueError(f"scoring is generate or teacher_forced, got {scoring!r}")
+    _check(task, examples, batch_size, rank, world_size, scoring)
     options = PromptOptions(max_context_tokens, truncation, instruction, chat_template, max_prompt_tokens)
     maker = PromptMaker(tokenizer, patch, options, chat=_wants_chat(task, tokenizer, chat_template))
     run = _Run(task, patch, model, tokenizer, maker, scoring, max_new_tokens)
@@ -103,15 +97,24 @@ def evaluate_task(
         task, patch, model, tokenizer, examples, options=options, scoring=scoring, max_new_tokens=max_new_tokens
     )
     folder = Path(output_dir)
-    _claim(folder, protocol, rank)
+    claim_folder(folder, protocol, rank)
     journal = CellJournal(folder / f"predictions.rank{rank}.jsonl")
     with journal.held(wait=True):
         journal.mend()
-        done = _done(folder)
+        done = answers_done(folder)
         mine = [index for index in range(rank, len(examples), world_size) if index not in done]
         if mine:
             _answer(run, examples, mine, batch_size=batch_size, journal=journal)
-    return _publish(folder, task, examples, protocol, rank)
+    return publish(folder, len(examples), protocol, rank)
+
+
+def _check(task: Task, examples: Sequence[Example], batch_size: int, rank: int, world_size: int, scoring: str) -> None:
+    if not examples:
+        raise ValueError(f"{task.name} has no examples")
+    if batch_size < 1 or not 0 <= rank < world_size:
+        raise ValueError(f"batch_size must be at least 1 and rank below world_size, got {batch_size}, {rank}")
+    if scoring not in ("generate", "teacher_forced"):
+        raise ValueError(f"scoring is generate or teacher_forced, got {scoring!r}")
 
 
 def _wants_chat(task: Task, tokenizer: Any, wanted: bool | None) -> bool:
@@ -121,52 +124,19 @@ def _wants_chat(task: Task, tokenizer: Any, wanted: bool | None) -> bool:
     return has_one and (task.chat_template if wanted is None else wanted)
 
 
-def _claim(folder: Path, protocol: dict[str, Any], rank: int) -> None:
-    """Write what the folder belongs to, or compare it."""
-    file = folder / "settings.json"
-    settings = protocol | {"request": digest(protocol)}
-    if file.is_file():
-        found = read_json(file)
-        if found.get("request") != settings["request"]:
-            changed = [key for key in protocol if found.get(key) != protocol[key]]
-            raise ValueError(f"{folder} belongs to other settings ({', '.join(changed)}): pass another output folder")
-    elif list(folder.glob("predictions.*")):
-        raise ValueError(f"{folder} holds predictions without settings.json: pass another output folder")
-    else:
-        _replace(file, json_text(settings, indent=1) + "\n", rank)
-
-
-def _replace(path: Path, text: str, rank: int) -> None:
-    """Write a file that several processes may write at once, the same text."""
-    own = path.with_name(f"{path.name}.rank{rank}.tmp")
-    write_text(own, text)
-    os.replace(own, path)
-
-
-def _done(folder: Path) -> dict[int, dict[str, Any]]:
-    """Return the answers of all processes by the index of their example."""
-    lines = (line for file in sorted(folder.glob("predictions.rank*.jsonl")) for line in CellJournal(file).lines())
-    return {line["index"]: line for line in lines}
-
-
 def _answer(
     run: _Run, examples: Sequence[Example], indices: list[int], *, batch_size: int, journal: CellJournal
 ) -> None:
     """Answer examples, batch by batch, and write each down."""
-    lengths: list[int] = []
+    shapes: list[tuple[int, int, int]] = []
     with answerer(run.model, run.tokenizer, run.patch) as engine, PeakMemory() as memory:
         for batch in _batches(run, examples, indices, batch_size):
-            check_fit(run.model, run.patch, [prompt for _, prompt in batch])
-            lengths += [len(prompt.pieces) for _, prompt in batch]
+            prompts = [prompt for _, prompt in batch]
+            check_fit(run.model, run.patch, prompts)
+            shapes += [(len(p.pieces), max(map(len, p.pieces), default=0), p.num_context_tokens) for p in prompts]
             for line in _answer_batch(run, engine, examples, batch):
                 journal.append(line | {"peak_bytes": memory.bytes()})
-    patch = run.patch
-    if patch is not None and (patch.degree or 2) > 1 and 1 in lengths:
-        warnings.warn(
-            f"{run.task.name}: {lengths.count(1)} of {len(lengths)} contexts are no longer than one piece: "
-            "plain attention there",
-            stacklevel=3,
-        )
+    tell_idle(run.task.name, run.patch, shapes)
 
 
 def _batches(
@@ -239,31 +209,3 @@ def _forced_scores(answer: Answer) -> dict[str, float]:
         "answer_nll": answer.nll_sum,
         "answer_tokens": float(answer.num_targets),
     }
-
-
-def _publish(
-    folder: Path, task: Task, examples: Sequence[Example], protocol: dict[str, Any], rank: int
-) -> dict[str, Any] | None:
-    """Write predictions and metrics if every example has its answer."""
-    done = _done(folder)
-    if len(done) < len(examples):
-        return None
-    rows = [done[index] for index in range(len(examples))]
-    names = list(rows[0]["scores"])
-    scores = {name: sum(row["scores"][name] for row in rows) / len(rows) for name in names}
-    prefill = [row["prefill_seconds"] for row in rows if row["prefill_seconds"] is not None]
-    peaks = [row["peak_bytes"] for row in rows if row["peak_bytes"] is not None]
-    metrics = {
-        "task": task.name,
-        "num_examples": len(rows),
-        "score": scores["score"],
-        "scores": scores,
-        "seconds": sum(row["seconds"] for row in rows),
-        "prefill_seconds": sum(prefill) if len(prefill) == len(rows) else None,
-        "peak_bytes": max(peaks, default=None),
-        "protocol": protocol,
-    }
-    shown = [{key: row[key] for key in row if key != "index"} for row in rows]
-    _replace(folder / "predictions.jsonl", "".join(json_text(row) + "\n" for row in shown), rank)
-    _replace(folder / "metrics.json", json_text(metrics, indent=1) + "\n", rank)
-    return metrics
