@@ -141,6 +141,9 @@ class ParallelContext:
 
         Without `degree` and `max_piece_tokens` each is a piece. By passages, whole documents are dealt to the pieces;
         by tokens, `degree` cuts all documents as one text, and `max_piece_tokens` each of them by itself.
+
+        Raises:
+            ValueError: If there are fewer tokens than pieces.
         """
         texts = [token_list(document) for document in documents if len(document)]
         if self.degree is None and self.max_piece_tokens is None:
@@ -148,7 +151,10 @@ class ParallelContext:
         if self.split_by == "passages":
             return self.split(texts)
         if self.degree is not None:
-            return self.split([token for text in texts for token in text])
+            joint = [token for text in texts for token in text]
+            if self.degree > len(joint):
+                raise ValueError(f"degree asks for {self.degree} pieces of {len(joint)} tokens: lower it")
+            return self.split(joint)
         return [piece for text in texts for piece in self.split(text)]
 
     def prefix_ids(self, tokenizer: Any, config: Any) -> list[int]:
