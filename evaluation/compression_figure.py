@@ -28,7 +28,11 @@ def compression_curves(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[tupl
 
 
 def save_compression_figure(
-    rows: Sequence[Mapping[str, Any]], folder: Path, *, reference: Mapping[str, Sequence[Sequence[float]]]
+    rows: Sequence[Mapping[str, Any]],
+    folder: Path,
+    *,
+    reference: Mapping[str, Sequence[Sequence[float]]],
+    title: str = "Same targets for all methods and ratios",
 ) -> None:
     """Save ``figure.png`` and ``figure.svg``.
 
@@ -36,6 +40,7 @@ def save_compression_figure(
         rows: cells, each with ``method``, ``nominal_ratio``, ``achieved_ratio`` and ``perplexity``.
         folder: where to.
         reference: further curves by label, pairs of ratio and perplexity, dashed.
+        title: above the axes.
     """
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
@@ -56,7 +61,7 @@ def save_compression_figure(
     axes.set_yscale("log")
     axes.set_xlabel("cache entries removed (achieved fraction)")
     axes.set_ylabel("perplexity per original token")
-    axes.set_title("Same targets for all methods and ratios", loc="left", fontsize="medium")
+    axes.set_title(title, loc="left", fontsize="medium")
     axes.legend(frameon=False)
     for ending in ("png", "svg"):
         figure.savefig(folder / f"figure.{ending}", dpi=150)

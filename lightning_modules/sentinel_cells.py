@@ -9,7 +9,7 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -20,6 +20,7 @@ from datamodules.sentinel_blocks import Blocks
 from evaluation.compression_perplexity import compression_of
 from evaluation.results import model_identity
 from lightning_modules.kv_compression import KVCompressionLM
+from lightning_modules.published_cells import PublishedText
 from patches.compressed_rows import Method
 from patches.sentinel.sampler import SpanSampler
 from patches.sentinel.sentinels import Sentinels
@@ -38,6 +39,11 @@ class CellTrainer:
         num_sinks: first tokens that ``streaming`` keeps.
         eval_split: split that cells are scored on.
         max_eval_blocks: score only the first so many blocks.
+        protocol: as the sweep has it; ``published`` trains and scores marked text.
+        text: for ``published``, a function of ``split`` that returns the rows of the corpus' text.
+
+    Raises:
+        ValueError: the published protocol without text.
     """
 
     def __init__(
@@ -52,7 +58,10 @@ class CellTrainer:
         num_sinks: int = 4,
         eval_split: str = "test",
         max_eval_blocks: int | None = None,
+        protocol: Literal["exact", "published"] = "exact",
+        text: Callable[..., list[str]] | None = None,
     ):
+        self.protocol, self._text = protocol, text
         self.module, self.data, self.trainer = module, data, trainer
         self._corpus, self.eval_split, self.max_eval_blocks = corpus, eval_split, max_eval_blocks
         self.base_sampler, self.sentinels, self.num_sinks = sampler, sentinels, num_sinks
@@ -72,6 +81,23 @@ class CellTrainer:
         length = self.data(path=self.corpus, method="dense").context_length
         return Blocks(self.eval_corpus, length, max_blocks=self.max_eval_blocks)
 
+    @functools.cached_property
+    def text(self) -> PublishedText:
+        """The text of the published protocol."""
+        assert self._text is not None
+        return PublishedText(
+            self._text,
+            self.corpus / "tokenizer",
+            self.sentinels,
+            eval_split=self.eval_split,
+            context_length=self.data(path=self.corpus, method="dense").context_length,
+            max_blocks=self.max_eval_blocks,
+        )
+
+    def published_report(self, model: Any, method: Method, compression_ratio: float, seed: int) -> dict[str, Any]:
+        """Score a cell by the published protocol."""
+        return self.text.report(model, method, compression_ratio, seed=seed)
+
     def sampler(self, compression_ratio: float) -> SpanSampler:
         """What chooses spans at a ratio."""
         return dataclasses.replace(self.base_sampler, compression_ratio=compression_ratio)
@@ -81,23 +107,32 @@ class CellTrainer:
         parts = {"module": self.module, "data": self.data, "trainer": self.trainer, "sampler": self.base_sampler}
         described = {name: described_option(part) for name, part in parts.items()}
         evaluated = {"split": self.eval_split, "corpus": self.eval_corpus.identity, "max_blocks": self.max_eval_blocks}
-        return described | {"evaluation": evaluated}
+        published = {} if self.protocol == "exact" else {"published_text": self.text.identity()}
+        return described | {"evaluation": evaluated} | published
 
     def train(self, method: Method, compression_ratio: float, seed: int) -> Any:
         """Train a cell; return its model."""
-        data = self.data(path=self.corpus, method=method, sampler=self.sampler(compression_ratio), seed=seed)
-        window = compression_of(method, compression_ratio, data.context_length, num_sinks=self.num_sinks).window_size
-        module = self.module(
-            method=method,
-            compression_ratio=compression_ratio,
-            window_size=window,
-            num_sinks=self.num_sinks,
-            seed=seed,
-        )
+        data: pl.LightningDataModule
+        options: dict[str, Any] = {"method": method, "compression_ratio": compression_ratio, "seed": seed}
+        if self.protocol == "published":
+            data = self.text.data(method, compression_ratio, seed=seed, **_steps(self.data))
+            options |= {"exclude_sentinel_logits": False, "published_labels": method == "sentinel"}
+        else:
+            data = self.data(path=self.corpus, method=method, sampler=self.sampler(compression_ratio), seed=seed)
+            length = data.context_length
+            window = compression_of(method, compression_ratio, length, num_sinks=self.num_sinks).window_size
+            options |= {"window_size": window, "num_sinks": self.num_sinks}
+        module = self.module(**options)
         trainer = self.trainer(logger=False, enable_checkpointing=False, enable_progress_bar=False, limit_val_batches=0)
         with torch.random.fork_rng():
             trainer.fit(module, datamodule=data)
         return module.model
+
+
+def _steps(data: Callable[..., SentinelTextDataModule]) -> dict[str, Any]:
+    """Options of a datamodule that say how blocks make batches and steps."""
+    words = data.keywords if isinstance(data, functools.partial) else {}
+    return {name: words[name] for name in ("batch_size", "max_steps", "accumulate_grad_batches") if name in words}
 
 
 def described_option(option: Any) -> Any:

@@ -72,3 +72,22 @@ def test_the_tiny_sweep_from_the_command(tiny_corpus, tmp_path, monkeypatch):
     assert run_task([*arguments, "trainer.max_steps=1", "dry_run=true"], lambda line: None, command="eval") is None
     with pytest.raises(ValueError, match="made with other options"):
         run_task([*arguments[:3], "trainer.max_steps=2", *arguments[4:]], lambda line: None, command="eval")
+
+
+def test_the_published_protocol_from_the_command(tiny_corpus, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = ["recipe=wikitext2_compression_sweep", "scale=tiny", f"data.path={tiny_corpus}", "trainer.max_steps=1"]
+    arguments += ["output_dir=out", "sweep.ratios=[0.0,0.5]", "sweep.methods=[sentinel,local,scattered]"]
+    arguments += ["sweep.max_eval_blocks=4"]
+    with pytest.raises(ValueError, match=r"pass sweep\.text=FOLDER"):
+        run_task([*arguments, "sweep.protocol=published"], lambda line: None, command="eval")
+    arguments += ["sweep.protocol=published", f"sweep.text={tiny_corpus}/../text"]
+    result = run_task(arguments, lambda line: None, command="eval")
+    dense, marked, *baselines = result["results"]
+    assert 0.2 < marked["true_ratio_words"] < 0.5 and marked["extra_tokens"] == marked["num_sentinels"] > 0
+    for row in (dense, *baselines):
+        assert row["extra_tokens"] == row["true_ratio_words"] == 0
+    assert all(row["perplexity_original"] > 1 and row["perplexity"] > 1 for row in result["results"])
+    assert "true_ratio_words" in (tmp_path / "out" / "table.md").read_text()
+    with pytest.raises(ValueError, match="made with other options"):
+        run_task([*arguments, "sweep.protocol=exact"], lambda line: None, command="eval")
