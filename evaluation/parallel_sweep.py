@@ -26,6 +26,7 @@ from evaluation.parallel_tails import TailCut
 from evaluation.processes import Process
 from evaluation.results import csv_text, digest, git_commit, json_text, text_table, write_json, write_text
 from patches.parallel_context import ParallelContext
+from patches.parallel_context.families import check_positions
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 COLUMNS = (
@@ -152,7 +153,7 @@ class ParallelSweep:
         return cells
 
     def _check_fit(self, model: SweepModel, cells: Iterable[Cell]) -> None:
-        """Refuse pieces longer than the model's context; tell settings whose query lies beyond it."""
+        """Refuse pieces longer than the model's context, and positions beyond it where angles change with the length."""
         limit, beyond = model.limit, {}
         for cell in cells:
             context, query = cell.cut.cut(cell.segments[0])
@@ -160,6 +161,7 @@ class ParallelSweep:
             where = f"length {cell.setting.length} at degree {cell.setting.degree}"
             check_pieces(pieces, prefix=prefix, limit=limit, where=where)
             used = cell.patch.num_positions(pieces, prefix=prefix, query=len(query))
+            check_positions(model, used - 1)
             if limit is not None and used > limit:
                 beyond[where] = used
         if beyond:
