@@ -23,7 +23,8 @@ def help_text(command: str) -> str:
     options = {
         "train": "  output=FOLDER  resume=auto|PATH|false  dry_run=true  seed=N  trainer.max_steps=N  data.path=FOLDER",
         "eval": "  model.path=FOLDER  data.path=FOLDER  output=FOLDER  dry_run=true",
-        "generate": "  model.path=FOLDER  prompt='TEXT'  prompt_file=PATH  task.max_new_tokens=N  dry_run=true",
+        "generate": "  model.path=FOLDER  prompt='TEXT'  prompt_file=PATH  task.max_new_tokens=N  dry_run=true\n"
+        "  documents=[FILE,...]  patch=none|parallel_context|...",
         "export": "  checkpoint=RUN_FOLDER_OR_CKPT  output=FOLDER  dry_run=true",
     }[command]
     shown = f"\nChoices:\n{groups}\n" if command == "train" else ""

@@ -153,7 +153,7 @@ class ParallelSweep:
         return cells
 
     def _check_fit(self, model: SweepModel, cells: Iterable[Cell]) -> None:
-        """Refuse pieces longer than the model's context, and positions beyond it where angles change with the length."""
+        """Refuse pieces beyond the model's context, and positions beyond it where angles change with the length."""
         limit, beyond = model.limit, {}
         for cell in cells:
             context, query = cell.cut.cut(cell.segments[0])
