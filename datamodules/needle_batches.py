@@ -55,8 +55,8 @@ class NeedlePlan:
             raise ValueError(f"curriculum begins with step 0 and its steps ascend, got {starts}")
         for length in {context_length, *(length for _, length in self.curriculum)}:
             check_needle_length(length, self.task)
-            if length > context_length or context_length % length:
-                raise ValueError(f"lengths of the curriculum must divide context_length={context_length}, got {length}")
+            if length > context_length:
+                raise ValueError(f"the curriculum exceeds context_length={context_length}: {length}")
 
     def length_at(self, step: int, context_length: int) -> int:
         """Return T of an optimiser step."""
@@ -98,7 +98,7 @@ def check_needle_length(length: int, task: NeedleTask) -> None:
 
 
 class NeedleBatches(Dataset[TokenBatch]):
-    """Training micro-batches; with a shorter T there are more samples, so that every step has the same tokens."""
+    """Training micro-batches; with a shorter T there are more samples, so that no step has more tokens than others."""
 
     def __init__(self, corpus: TokenCorpus, plan: TrainingPlan, needles: NeedlePlan, *, share: Share):
         self.corpus, self.plan, self.needles, self.share = corpus, plan, needles, share
