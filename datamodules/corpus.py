@@ -110,6 +110,12 @@ class TokenCorpus:
         return int(self.meta["num_documents"])
 
     @property
+    def document_lengths(self) -> Int64Array:
+        """Tokens of every document, int64."""
+        offsets = self._offset_map().astype(np.int64)
+        return offsets[1:] - offsets[:-1]
+
+    @property
     def num_bytes(self) -> int | None:
         """UTF-8 bytes of the text, or None if unknown."""
         return self.meta.get("num_bytes")

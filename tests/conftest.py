@@ -1,5 +1,6 @@
 """Shared fixtures: a small corpus on disk, one thread."""
 
+import json
 import random
 from pathlib import Path
 
@@ -31,3 +32,26 @@ def tiny_corpus(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("tiny_corpus")
     return ensure_corpus(str(folder / "corpus"), source=str(write_text_folder(folder / "text")), tokenizer="bytes")
+
+
+def write_pairs(path: Path, count: int, *, seed: int = 0) -> Path:
+    """A file of json lines with documents and summaries of word salad, the same on every machine."""
+    draw = random.Random(seed)
+    rows = []
+    for number in range(count):
+        words = ["".join(draw.choices("etaoinshr", k=draw.randint(2, 6))) for _ in range(draw.randint(5, 40))]
+        rows.append({"id": f"n{number}", "document": " ".join(words), "summary": " ".join(words[: draw.randint(1, 4)])})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def summary_folder(tmp_path_factory):
+    """Documents with their summaries as byte tokens: 23 pairs to train on, 7 to validate, 6 to test."""
+    from preprocess.summarization import ensure_summaries
+
+    folder = tmp_path_factory.mktemp("summaries")
+    for seed, (split, count) in enumerate((("train", 23), ("validation", 7), ("test", 6))):
+        write_pairs(folder / "pairs" / f"{split}.jsonl", count, seed=seed)
+    return Path(ensure_summaries(folder / "store", source=str(folder / "pairs"), tokenizer="bytes"))

@@ -11,16 +11,19 @@ from preprocess.corpora import ensure_corpus
 TRAIN = recipe_names("train")
 
 
-def own_corpus(recipe, corpus):
-    """Options that point a recipe at a corpus."""
+def own_corpus(recipe, corpus, summaries):
+    """Options that point a recipe at a corpus, or at documents with their summaries."""
     sections = compose([f"recipe={recipe}", "scale=tiny"], command="train")
+    if "ensure_summaries" in sections["prepare"]["_target_"]:
+        return [f"data.path={summaries}"]
     return [f"data.path={corpus}" if "path" in sections["data"] else f"prepare.corpus={corpus}"]
 
 
 @pytest.mark.parametrize("name", TRAIN)
-def test_fast_dev_run(name, tiny_corpus, tmp_path, monkeypatch):
+def test_fast_dev_run(name, tiny_corpus, summary_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    arguments = [f"recipe={name}", "scale=tiny", *own_corpus(name, tiny_corpus), "trainer.fast_dev_run=true"]
+    places = own_corpus(name, tiny_corpus, summary_folder)
+    arguments = [f"recipe={name}", "scale=tiny", *places, "trainer.fast_dev_run=true"]
     config = compose([*arguments, "trainer.enable_progress_bar=false"], command="train")
     check(config)
     run(config)
