@@ -1,9 +1,9 @@
 """Landmark attention to the best earlier blocks of each query and head, at positions that never grow.
 
 Each query sees its own block as block K of a frame of K + 1. The K latest blocks are scored at their places in the
-frame, all older ones at the place before it. The best K are read; in the frame they stand in their order right before
-the own block. With at most K earlier blocks this is landmark attention as it is. What a query reads depends on nothing
-but its own row, so the pieces in which a sequence arrives change nothing.
+frame, all older ones at the place before it. The best K are read (of equals the later ones); in the frame they stand in
+their order right before the own block. With at most K earlier blocks this is landmark attention as it is. What a query
+reads depends on nothing but its own row, so the pieces in which a sequence arrives change nothing.
 
 Legend: B batch, R queries of a tile, L keys, N blocks, C positions of a block, K blocks read, H heads, G kv heads, s
 heads of a kv head, D head size.
@@ -20,6 +20,8 @@ from models.rotary import rotary_at, rotate
 
 # Gathered key elements of a tile.
 TILE = 2**23
+# In the first layer all landmarks are one vector, so that far blocks tie but for rounding: scores this close are equal.
+TIE = 2**-10
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,9 @@ def _block_scores(query: Tensor, landmarks: Tensor, own: Tensor, cell: Tensor, *
     # Rotating by the distance to the query leaves the landmark itself as it is.
     before = frame.rotate(query, (frame.top_k + 1) * frame.block_size + cell - (frame.block_size - 1))
     scores = torch.einsum("brgsd,bngd->brgsn", before.unflatten(2, groups), landmarks).flatten(2, 3)
+    far = torch.arange(scores.shape[-1], device=own.device) < (own - frame.top_k)[:, :, None, None]
+    best = scores.masked_fill(~far, float("-inf")).amax(-1, keepdim=True)
+    scores = torch.where(far, best - ((best - scores) / TIE).round() * TIE, scores)
     for back in range(1, min(frame.top_k, landmarks.shape[1]) + 1):
         near = frame.rotate(query, back * frame.block_size + cell - (frame.block_size - 1))
         number = (own - back).clamp_min(0)
@@ -109,10 +114,10 @@ def best_blocks(scores: Tensor, own: Tensor, top_k: int) -> Tensor:
     """Return the best blocks before ``own`` [B, R] by ``[B, R, H, N]``, in ascending order.
 
     Returns:
-        ``[B, R, H, K]`` int64; -1, in front, where there are fewer; ties go to the earlier block.
+        ``[B, R, H, K]`` int64; -1, in front, where there are fewer; ties go to the later block.
     """
     number = torch.arange(scores.shape[-1], device=scores.device)
     scores = scores.masked_fill(number >= own[:, :, None, None], float("-inf"))
-    order = scores.sort(dim=-1, descending=True, stable=True)
-    chosen = torch.where(order.values > float("-inf"), order.indices, -1)[..., :top_k]
+    order = scores.flip(-1).sort(dim=-1, descending=True, stable=True)
+    chosen = torch.where(order.values > float("-inf"), len(number) - 1 - order.indices, -1)[..., :top_k]
     return F.pad(chosen, (0, top_k - chosen.shape[-1]), value=-1).sort(dim=-1).values
