@@ -57,17 +57,20 @@ def answerer(model: Any, tokenizer: Any, patch: ParallelContext | None) -> Itera
         if patch is None:
             yield PlainAnswerer(model, tokenizer)
         else:
-            yield PatchedAnswerer(stack.enter_context(patch.bind(model, tokenizer)), tokenizer)
+            bound = stack.enter_context(patch.bind(model, tokenizer))
+            yield PatchedAnswerer(bound, tokenizer, PlainAnswerer(model, tokenizer))
 
 
 class PatchedAnswerer:
-    """Answers through the engine of parallel contexts."""
+    """Answers through the engine of parallel contexts; a prompt of one token, which has no context, plainly."""
 
-    def __init__(self, bound: Any, tokenizer: Any) -> None:
-        self._bound, self._tokenizer = bound, tokenizer
+    def __init__(self, bound: Any, tokenizer: Any, plain: PlainAnswerer) -> None:
+        self._bound, self._tokenizer, self._plain = bound, tokenizer, plain
 
     def generate(self, prompts: Sequence[Prompt], max_new_tokens: int) -> Answers:
         """Continue each prompt greedily."""
+        if self._bare(prompts):
+            return self._plain.generate(prompts, max_new_tokens)
         state, queries, seconds = self._encode(prompts)
         found = self._bound.generate(state, queries, max_new_tokens=max_new_tokens)
         texts = [self._tokenizer.decode(ids, skip_special_tokens=True) for ids in found.token_ids]
@@ -75,6 +78,8 @@ class PatchedAnswerer:
 
     def force(self, prompts: Sequence[Prompt], targets: Sequence[list[int]]) -> Answers:
         """Score the right answers behind the prompts."""
+        if self._bare(prompts):
+            return self._plain.force(prompts, targets)
         state, queries, seconds = self._encode(prompts)
         inputs = [[*query, *target[:-1]] for query, target in zip(queries, targets, strict=True)]
         wanted = [[-100] * (len(query) - 1) + target for query, target in zip(queries, targets, strict=True)]
@@ -86,18 +91,26 @@ class PatchedAnswerer:
             answers.append(_forced(logits, target, float(found.nll_sum[row])))
         return Answers(answers, seconds)
 
+    def _prefix(self, prompts: Sequence[Prompt]) -> list[int]:
+        return join_prefix(self._bound.prefix_ids(), prompts[0].prefix, self._tokenizer)
+
+    def _bare(self, prompts: Sequence[Prompt]) -> bool:
+        """Whether no prompt has more than one token."""
+        return not self._prefix(prompts) and all(not p.pieces and len(p.query) == 1 for p in prompts)
+
     def _encode(self, prompts: Sequence[Prompt]) -> tuple[Any, list[list[int]], float]:
         pieces, queries = [list(p.pieces) for p in prompts], [list(p.query) for p in prompts]
-        prefix = join_prefix(self._bound.prefix_ids(), prompts[0].prefix, self._tokenizer)
+        prefix = self._prefix(prompts)
         for row in range(len(prompts)):
             # Neither context nor query may be empty: one token moves over.
             if not queries[row]:
-                queries[row] = [pieces[row][-1].pop()] if len(pieces[row][-1]) > 1 else pieces[row].pop()
-            elif not pieces[row] and not prefix:
-                pieces[row] = [[queries[row].pop(0)]] if len(queries[row]) > 1 else [list(queries[row])]
-        started = _now(self._bound)
+                *kept, last = pieces[row]
+                pieces[row], queries[row] = [*kept, *([last[:-1]] if len(last) > 1 else [])], last[-1:]
+            if not pieces[row] and not prefix:
+                pieces[row], queries[row] = [queries[row][:1]], queries[row][1:]
+        started = _now()
         state = self._bound.encode(pieces, prefix, query_ids=queries)
-        return state, queries, _now(self._bound) - started
+        return state, queries, _now() - started
 
 
 class PlainAnswerer:
@@ -158,7 +171,7 @@ def _padded(rows: list[list[int]], value: int) -> list[list[int]]:
     return [row + [value] * (width - len(row)) for row in rows]
 
 
-def _now(bound: Any) -> float:
+def _now() -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()

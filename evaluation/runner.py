@@ -148,6 +148,7 @@ def _batches(
         prompt = run.maker.make(examples[index])
         same = not batch or (
             batch[0][1].prefix == prompt.prefix
+            and (len(batch[0][1].tokens) == 1) == (len(prompt.tokens) == 1)
             and _new_tokens(run, examples[batch[0][0]]) == _new_tokens(run, examples[index])
         )
         if len(batch) == size or not same:
