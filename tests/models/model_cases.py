@@ -140,7 +140,7 @@ def small_block_recurrent(**changes) -> BlockRecurrentForCausalLM:
     return scaled_up(BlockRecurrentForCausalLM(block_recurrent_config(**changes)))
 
 
-def small_rpt(retriever=None, **changes) -> RPTForCausalLM:
+def small_rpt(retriever=None, /, **changes) -> RPTForCausalLM:
     torch.manual_seed(5)
     return scaled_up(RPTForCausalLM(rpt_config(**changes), retriever))
 
