@@ -104,7 +104,7 @@ def evaluate_perplexity(
     if parity is not None and (bos_token_id is not None or stride != window):
         raise ValueError('parity="published" means windows that do not overlap and no BOS; leave both options out')
     batches = list(window_batches(windows[:max_windows], batch_size))
-    done = {} if journal is None else journal.read()
+    done = {} if journal is None else journal.scores()
     process = Process.current()
     mine = [number for number in range(process.rank, len(batches), process.world_size) if number not in done]
     collector = Collector(window, parity is not None, journal)

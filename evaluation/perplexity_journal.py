@@ -4,13 +4,10 @@ Notable: what a batch holds and its sums do not depend on who computes it or whe
 rounded whatever their order, so killed, resumed and distributed evaluations report the same bits.
 """
 
-import json
 import math
-import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +15,7 @@ from torch import Tensor
 
 from evaluation.perplexity_windows import Window
 from evaluation.positions import bucket_sums, position_edges
+from evaluation.rank_journal import RankJournal
 from evaluation.scoring import mean_report
 
 FLUSH_SECONDS = 20.0
@@ -42,38 +40,16 @@ class BatchScore:
     seconds: float
 
 
-class Journal:
-    """Finished batches on disk, one JSON line each; a file for each process.
+class Journal(RankJournal):
+    """Finished batches on disk."""
 
-    Args:
-        folder: where they lie; made with the first line.
-        rank: of this process, which appends to its own file.
-    """
+    def scores(self) -> dict[int, BatchScore]:
+        """Return what all processes have finished, by number."""
+        return {number: BatchScore(**score) for number, score in self.read()}
 
-    def __init__(self, folder: Path, rank: int = 0):
-        self.folder, self.rank = folder, rank
-
-    def read(self) -> dict[int, BatchScore]:
-        """Return what all processes have finished; a line that a kill cut off is left out."""
-        found: dict[int, BatchScore] = {}
-        for file in sorted(self.folder.glob("rank*.jsonl")):
-            for line in file.read_text(encoding="utf-8").splitlines():
-                try:
-                    number, score = json.loads(line)
-                except ValueError:
-                    continue
-                found[number] = BatchScore(**score)
-        return found
-
-    def append(self, scores: Mapping[int, BatchScore]) -> None:
-        """Add finished batches and bring them to the disk."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / f"rank{self.rank}.jsonl").open("a", encoding="utf-8") as file:
-            # A line that a kill cut off ends here, and what follows is read again.
-            file.write("\n" if file.tell() else "")
-            file.writelines(json.dumps([number, vars(score)]) + "\n" for number, score in scores.items())
-            file.flush()
-            os.fsync(file.fileno())
+    def add(self, scores: Mapping[int, BatchScore]) -> None:
+        """Add finished batches."""
+        self.append([number, vars(score)] for number, score in scores.items())
 
 
 @dataclass
@@ -111,7 +87,7 @@ class Collector:
         self.done |= fresh
         self._since = now
         if self.journal is not None and fresh:
-            self.journal.append(fresh)
+            self.journal.add(fresh)
 
     def _score(self, batch: list[Window], length: int, parts: list[Tensor], seconds: float) -> BatchScore:
         sums, columns, means = parts
