@@ -122,7 +122,7 @@ def test_impossible_options_are_refused(make, options, sentence):
 
 
 def test_models_that_do_not_fit_the_question_are_refused(make, folders):
-    with pytest.raises(ValueError, match="retrieves nothing.*baselines"):
+    with pytest.raises(ValueError, match=r"retrieves nothing.*baselines"):
         make(folders["window"])
     with pytest.raises(ValueError, match="chunks of 8, the samples are made for 16"):
         make({"a": folders["drt"], "b": folders["other"]})
