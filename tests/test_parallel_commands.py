@@ -134,3 +134,25 @@ def test_killed_and_shared_sweeps_have_the_numbers_of_one(folder, tmp_path):
     done = subprocess.run([*launch, *shared], capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0 and done.stdout.count("perplexity") == 1, done.stderr[-2000:]
     assert numbers(tmp_path / "killed") == numbers(tmp_path / "whole") == numbers(tmp_path / "shared")
+
+
+@pytest.mark.slow
+def test_validation_in_two_processes_has_the_sums_of_one(tiny_corpus, tmp_path):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    common = ["recipe=pg19_dense", "scale=tiny", f"prepare.corpus={tiny_corpus}", "data.batch_size=1"]
+    common += [f"data.{name}={tmp_path / name}" for name in ("sequences", "validation")]
+    common += ["module.context_length=256", "module.base_length=64", "module.base_stride=48", "export_model=false"]
+    common += ["trainer.limit_val_batches=1.0", "trainer.max_steps=1", "callbacks.parallel_perplexity.max_batches=null"]
+    found = {}
+    for devices in (1, 2):
+        options = [f"trainer.devices={devices}", f"output={tmp_path / str(devices)}"]
+        options += [f"trainer.accumulate_grad_batches={2 // devices}", "trainer.enable_progress_bar=false"]
+        options += ["trainer.strategy=ddp"] if devices > 1 else []
+        command = [sys.executable, str(ROOT / "train.py"), *common, *options]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500)
+        assert done.returncode == 0, done.stderr[-3000:]
+        metrics = json.loads((tmp_path / str(devices) / "metrics.json").read_text())
+        found[devices] = metrics["validation"]["parallel_perplexity"]
+    assert list(found[1]) == ["1", "4", "16"] and found[1]["4"]["num_targets"] > 128
+    for degree, report in found[1].items():
+        assert found[2][degree] == {name: pytest.approx(value, rel=2e-5) for name, value in report.items()}
