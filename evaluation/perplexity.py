@@ -63,10 +63,9 @@ def evaluate_perplexity(
     progress: bool = False,
     segment_length: int | None = None,
     journal: Journal | None = None,
+    process: Process | None = None,
 ) -> dict[str, Any]:
     """Score a stream: ``perplexity = exp(sum of NLL / number of targets)``.
-
-    Under torchrun every process scores its share of the batches, and all return the same report.
 
     Args:
         model: a causal language model (suite or Hugging Face); it is scored in eval mode on the device where it
@@ -87,6 +86,8 @@ def evaluate_perplexity(
         segment_length: windows longer than this go through the model's cache in pieces of so many tokens; None: one
             forward per window. A model without a cache reads every window in one forward.
         journal: where finished batches are kept for a later call with the same arguments to go on from.
+        process: one of several that have joined (`evaluation.gathering`): each scores its share of the batches, and
+            all return the same report. None: alone.
 
     Returns:
         ``nll_sum``, ``num_targets``, ``loss`` (nats per target), ``perplexity``, ``bits_per_byte``,
@@ -105,7 +106,7 @@ def evaluate_perplexity(
         raise ValueError('parity="published" means windows that do not overlap and no BOS; leave both options out')
     batches = list(window_batches(windows[:max_windows], batch_size))
     done = {} if journal is None else journal.scores()
-    process = Process.current()
+    process = process or Process()
     mine = [number for number in range(process.rank, len(batches), process.world_size) if number not in done]
     collector = Collector(window, parity is not None, journal)
     total = sum(stop - start for number in mine for start, stop, _ in batches[number])

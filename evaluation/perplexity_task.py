@@ -154,6 +154,7 @@ class PerplexityTask:
             progress=self.progress,
             segment_length=self.segment_length,
             journal=journal,
+            process=self.process,
         )
 
     def _load(self, path: str) -> Any:
