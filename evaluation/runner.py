@@ -170,7 +170,7 @@ def _answer_batch(
     if run.scoring == "generate":
         found = engine.generate(prompts, _new_tokens(run, chosen[0]))
     else:
-        found = engine.force(prompts, [_answer_ids(run.tokenizer, example) for example in chosen])
+        found = engine.force(prompts, [answer_ids(run.tokenizer, example) for example in chosen])
     seconds = (time.perf_counter() - started) / len(batch)
     lines = []
     for (index, prompt), example, answer in zip(batch, chosen, found.answers, strict=True):
@@ -196,7 +196,7 @@ def _answer_batch(
     return lines
 
 
-def _answer_ids(tokenizer: Any, example: Example) -> list[int]:
+def answer_ids(tokenizer: Any, example: Example) -> list[int]:
     """Return the tokens of the right answer (all of them where several are asked for) behind the query."""
     text = ", ".join(str(answer) for answer in example.answers)
     space = "" if not example.query or example.query[-1].isspace() else " "
