@@ -1,7 +1,7 @@
 """Synthetic long-context tasks to train on: python -m preprocess.task_sequences --tasks NAME ... --output DIR.
 
-Notable: a sequence is the prompt that ``eval.py recipe=ruler`` would give, and its answer, token for token; the store is
-an ordinary one (`datamodules.sequence_store`), so every fine-tuning recipe trains on it. Targets before the answer
+Notable: a sequence is the prompt that ``eval.py recipe=ruler`` would give, and its answer, token for token. The store
+is an ordinary one (`datamodules.sequence_store`), so every fine-tuning recipe trains on it; targets before the answer
 (or the question) are marked as counted already.
 """
 
