@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from evaluation.parallel_journal import CellJournal
-from evaluation.parallel_plan import Setting, attention_cost, described
+from evaluation.parallel_plan import Segments, Setting, attention_cost, described
 from evaluation.parallel_tails import TailCut, score_tails
 from evaluation.results import digest
 from patches.parallel_context import ParallelContext
@@ -28,7 +28,7 @@ class Cell:
         text: name of the text.
         setting: what the sweep varies.
         patch: the patch of the setting.
-        segments: rows of tokens, equally long.
+        segments: rows of tokens ``[n, length]``.
         cut: which of their tokens are query, and scored.
         batch_size: segments of a call.
         request: everything else that the numbers depend on.
@@ -38,7 +38,7 @@ class Cell:
     text: str
     setting: Setting
     patch: ParallelContext
-    segments: Sequence[list[int]]
+    segments: Segments
     cut: TailCut
     batch_size: int
     request: dict[str, Any]
@@ -72,7 +72,7 @@ class Cell:
                 journal.append(self._batch(bound, number, device))
 
     def _batch(self, bound: Any, number: int, device: torch.device) -> dict[str, Any]:
-        rows = self.segments[number * self.batch_size : (number + 1) * self.batch_size]
+        rows = self.segments[number * self.batch_size : (number + 1) * self.batch_size].tolist()
         contexts, queries = zip(*map(self.cut.cut, rows), strict=True)
         pieces = [self.patch.split(context) for context in contexts]
         on_gpu = device.type == "cuda"

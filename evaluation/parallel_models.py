@@ -6,16 +6,13 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig
 
 from evaluation.loading import load_model, load_tokenizer, max_positions
-from evaluation.results import model_identity
-
-HUB = "hub:"
+from evaluation.model_paths import HUB, check_model, identity_of, label_of
 
 
 @dataclass
@@ -36,14 +33,10 @@ class SweepModel:
         """Look for the folder.
 
         Raises:
-            FileNotFoundError: it is none.
+            FileNotFoundError: it holds no model.
         """
-        is_folder = isinstance(self.source, str) and not self.source.startswith(HUB)
-        if is_folder and not (Path(str(self.source)) / "config.json").is_file():
-            raise FileNotFoundError(
-                f"model {self.label}: {self.source} is no model folder (it has no config.json); "
-                "make one with export.py, or write hub:NAME for a model of the hub"
-            )
+        if isinstance(self.source, str):
+            check_model(self.source, self.label)
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -75,7 +68,7 @@ class SweepModel:
     def identity(self) -> str:
         """Digest of its weights; of a hub model, its name."""
         if isinstance(self.source, str):
-            return self.source if self.source.startswith(HUB) else model_identity(Path(self.source))
+            return identity_of(self.source)
         hasher = hashlib.sha256()
         for name, tensor in self._built.state_dict().items():
             hasher.update(name.encode() + tensor.float().numpy().tobytes())
@@ -108,20 +101,12 @@ def sweep_models(
     if isinstance(models, Mapping):
         named = list(models.items())
     elif isinstance(models, str) or callable(models):
-        named = [(_label(models), models)]
+        named = [(label_of(models) if isinstance(models, str) else "random", models)]
     else:
-        named = [(_label(path), path) for path in models or ()]
+        named = [(label_of(path), path) for path in models]
     if not named:
         raise ValueError("model.path is required: pass model.path=FOLDER, a list of folders, or hub:NAME")
     labels = [label for label, _ in named]
     if len(set(labels)) < len(labels):
         raise ValueError(f"the models need different names, got {', '.join(labels)}: pass task.models={{name: folder}}")
     return [SweepModel(label, source, tokenizer) for label, source in named]
-
-
-def _label(source: Any) -> str:
-    """Name a model by its folder, or by the run for ``runs/NAME/model``."""
-    if not isinstance(source, str):
-        return "random"
-    place = Path(source.removeprefix(HUB))
-    return place.parent.name if place.name == "model" and place.parent.name else place.name

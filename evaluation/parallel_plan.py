@@ -11,10 +11,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
+import numpy.typing as npt
+
 from evaluation.parallel_tails import TailCut
 from patches.parallel_context import ParallelContext, SelectiveAttention
 
 NONE = "none"
+Segments = npt.NDArray[np.int64]
 _TOP, _SOFT = re.compile(r"top(\d+)"), re.compile(r"soft(\d+(?:\.\d+)?)")
 
 
@@ -137,9 +141,7 @@ def described(patch: ParallelContext) -> dict[str, Any]:
     return {name: value for name, value in asdict(patch).items() if name not in apart}
 
 
-def cut_segments(
-    documents: Iterable[Sequence[int]], lengths: Sequence[int], max_documents: int
-) -> dict[int, list[list[int]]]:
+def cut_segments(documents: Iterable[Sequence[int]], lengths: Sequence[int], max_documents: int) -> dict[int, Segments]:
     """Cut the first documents that are long enough into consecutive segments, the rest of each left out.
 
     Args:
@@ -148,20 +150,20 @@ def cut_segments(
         max_documents: documents for each length; shorter ones do not count.
 
     Returns:
-        The segments of each length, in the order of the text.
+        The segments of each length ``[n, length]``, in the order of the text.
     """
-    segments: dict[int, list[list[int]]] = {length: [] for length in lengths}
+    segments: dict[int, list[Segments]] = {length: [np.empty((0, length), np.int64)] for length in lengths}
     taken = dict.fromkeys(lengths, 0)
     for document in documents:
         for length in lengths:
             if len(document) < length or taken[length] == max_documents:
                 continue
             taken[length] += 1
-            starts = range(0, len(document) - length + 1, length)
-            segments[length] += [list(map(int, document[start : start + length])) for start in starts]
+            whole = len(document) // length * length
+            segments[length].append(np.asarray(document[:whole], np.int64).reshape(-1, length))
         if all(count == max_documents for count in taken.values()):
             break
-    return segments
+    return {length: np.concatenate(found) for length, found in segments.items()}
 
 
 def attention_cost(pieces: Sequence[Sequence[int]], num_tokens: int) -> float:

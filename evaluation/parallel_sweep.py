@@ -6,9 +6,11 @@ sweep goes on at the next batch, any number of processes may work on one folder,
 
 from __future__ import annotations
 
+import hashlib
 import platform
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -24,7 +26,7 @@ from evaluation.parallel_models import SweepModel, sweep_models
 from evaluation.parallel_plan import SweepGrid, Texts, cut_segments, patch_of
 from evaluation.parallel_tails import TailCut
 from evaluation.processes import Process
-from evaluation.results import csv_text, digest, git_commit, json_text, text_table, write_json, write_text
+from evaluation.results import csv_text, git_commit, json_text, text_table, write_json, write_text
 from patches.parallel_context import ParallelContext
 from patches.parallel_context.families import check_positions
 
@@ -135,9 +137,9 @@ class ParallelSweep:
             documents = text.documents(model.tokenizer)
             segments = cut_segments(documents, self.grid.lengths, self.max_documents)
             for length, found in segments.items():
-                if not found:
+                if not len(found):
                     raise ValueError(f"{text.name} has no document of {length} tokens: leave that length out")
-            digests = {length: digest(found) for length, found in segments.items()}
+            digests = {length: hashlib.sha256(found.tobytes()).hexdigest() for length, found in segments.items()}
             for setting in self.grid.cells():
                 patch = patch_of(setting, self.patch)
                 rows = segments[setting.length]
@@ -156,7 +158,7 @@ class ParallelSweep:
         """Refuse pieces beyond the model's context, and positions beyond it where angles change with the length."""
         limit, beyond = model.limit, {}
         for cell in cells:
-            context, query = cell.cut.cut(cell.segments[0])
+            context, query = cell.cut.cut(cell.segments[0].tolist())
             pieces, prefix = cell.patch.split(context), len(cell.request["prefix"])
             where = f"length {cell.setting.length} at degree {cell.setting.degree}"
             check_pieces(pieces, prefix=prefix, limit=limit, where=where)
@@ -204,7 +206,7 @@ class ParallelSweep:
             "max_documents": self.max_documents,
             "segments": "consecutive, of the first documents that are long enough; the rest of each left out",
             "special_tokens": "none but those of the prefix",
-            "patch": {name: repr(value) for name, value in vars(self.patch).items() if name not in _VARIED},
+            "patch": {name: value for name, value in asdict(self.patch).items() if name not in _VARIED},
             "batch_tokens": self.batch_tokens,
             "models": {model.label: {"source": str(model.source), "identity": model.identity} for model in self.models},
             "texts": {text.name: text.identity for text in self.texts},
