@@ -23,6 +23,8 @@ from evaluation.figures import save_loss_by_position, save_perplexity_by_length
 from evaluation.gathering import gather, joined
 from evaluation.loading import load_model
 from evaluation.model_paths import HUB, identity_of, named_models
+from evaluation.passkey_memory import check_memory
+from evaluation.peak_memory import PeakMemory
 from evaluation.perplexity import evaluate_perplexity
 from evaluation.perplexity_journal import Journal
 from evaluation.processes import Process
@@ -40,7 +42,7 @@ from evaluation.results import (
 Dtype = Literal["float32", "bfloat16", "float16", "bfloat16-mixed"]
 SHOWN = ("model", "length", "num_targets", "loss", "perplexity", "bits_per_byte")
 PUBLISHED = "published_mean_loss"
-COLUMNS = (*SHOWN, "stride", "nll_sum", PUBLISHED, "seconds")
+COLUMNS = (*SHOWN, "stride", "nll_sum", PUBLISHED, "seconds", "peak_memory_bytes")
 
 
 class PerplexityTask:
@@ -118,6 +120,7 @@ class PerplexityTask:
     def _compare(self, label: str, path: str) -> str:
         try:
             check_length(path.removeprefix(HUB), self.lengths[-1])
+            self._check_memory(AutoConfig.from_pretrained(path.removeprefix(HUB)).get_text_config())
             return check_tokens(path.removeprefix(HUB), self.corpus)
         except ValueError as error:
             raise ValueError(f"model {label}: {error}") from error
@@ -141,6 +144,11 @@ class PerplexityTask:
         return results
 
     def _evaluate(self, model: Any, length: int, journal: Journal) -> dict[str, Any]:
+        with PeakMemory() as memory:
+            result = self._score(model, length, journal)
+            return result | {"peak_memory_bytes": memory.bytes()}
+
+    def _score(self, model: Any, length: int, journal: Journal) -> dict[str, Any]:
         return evaluate_perplexity(
             model,
             self.corpus,
@@ -163,6 +171,18 @@ class PerplexityTask:
         if self.offload and hasattr(model.config, "offload_chunk_memory"):
             model.config.offload_chunk_memory = True
         return model
+
+    def _check_memory(self, config: Any) -> None:
+        """Refuse a longest length whose cache would not fit; a length in one piece needs about what training does."""
+        if self.segment_length is not None and self.lengths[-1] > self.segment_length:
+            check_memory(
+                config,
+                self.lengths[-1],
+                segment_length=self.segment_length,
+                itemsize=4 if self.dtype.startswith(("float32", "bfloat16-")) else 2,
+                offload=self.offload,
+                device=self.device,
+            )
 
     def _check_offload(self) -> None:
         paths = [path.removeprefix(HUB) for path in self.models.values()]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from datamodules.corpus import open_corpus
-from evaluation import perplexity, perplexity_journal, perplexity_task
+from evaluation import passkey_memory, perplexity, perplexity_journal, perplexity_task
 from evaluation.perplexity import evaluate_perplexity
 from evaluation.perplexity_task import PerplexityTask
 from preprocess.index import CorpusWriter
@@ -149,6 +149,15 @@ def test_segments_and_offload(folders, tmp_path, llama, stream):
 
 
 @pytest.mark.usefixtures("without_figures")
+def test_a_length_that_does_not_fit_the_memory_is_refused(folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(passkey_memory, "_host_memory", lambda: 1000)
+    with pytest.raises(ValueError, match=r"model b: a length of 64 needs .* are free"):
+        task(folders, models=str(folders / "b"), lengths=[64], segment_length=10).run(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    task(folders, models=str(folders / "b"), lengths=[64]).run(tmp_path / "out")  # one forward, as in training
+
+
+@pytest.mark.usefixtures("without_figures")
 def test_a_killed_length_goes_on_in_its_middle(folders, tmp_path, monkeypatch):
     monkeypatch.setattr(perplexity_journal, "FLUSH_SECONDS", 0.0)
     real, calls = perplexity.score_windows, []
@@ -160,13 +169,14 @@ def test_a_killed_length_goes_on_in_its_middle(folders, tmp_path, monkeypatch):
         return real(*arguments, **options)
 
     options = {"models": str(folders / "b"), "lengths": [32], "batch_tokens": 32}
+    without = {"seconds": 0, "peak_memory_bytes": 0}
     whole = task(folders, **options).run(tmp_path / "whole")["results"][0]
     monkeypatch.setattr(perplexity, "score_windows", stopping)
     with pytest.raises(KeyboardInterrupt):
         task(folders, **options).run(tmp_path / "out")
     again = task(folders, **options).run(tmp_path / "out")["results"][0]
     assert len(calls) == 2 + whole["num_windows"] - 2 + 1
-    assert again | {"seconds": 0} == whole | {"seconds": 0}
+    assert again | without == whole | without
     assert [entry.suffix for entry in (tmp_path / "out" / "results").iterdir()] == [".json"]
 
 
