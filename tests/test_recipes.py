@@ -61,6 +61,10 @@ def test_a_landmark_that_the_text_holds_is_refused(landmark, tiny_corpus, tmp_pa
         ("pg19_sliding_window", "123,557,376", "524,160"),
         ("pg19_sliding_window_14", "137,716,224", "524,160"),
         ("arxiv_gca", "145,980,672", "524,160"),
+        ("pg19_gca_x2", "145,981,440", "524,160"),
+        ("pg19_landmark", "144,795,648", "524,160"),
+        ("pg19_block_recurrent", "145,972,352", "524,160"),
+        ("pg19_rpt_bm25", "145,979,904", "524,160"),
     ],
 )
 def test_published_sizes(name, parameters, tokens):
