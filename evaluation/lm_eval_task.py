@@ -74,7 +74,10 @@ class LmEvalTask:
         lm_eval = import_lm_eval()
         from lm_eval.tasks import TaskManager
 
-        manager = TaskManager(include_path=self.include_path)
+        # The index of lm-eval's own tasks takes minutes on a slow disk: only where one of them is named.
+        manager = TaskManager(include_path=self.include_path, include_defaults=self.include_path is None)
+        if self.include_path is not None and not set(self.tasks) <= set(manager.all_tasks):
+            manager = TaskManager(include_path=self.include_path)
         unknown = [task for task in self.tasks if task not in manager.all_tasks]
         if unknown:
             raise ValueError(f"lm-eval has no task {', '.join(unknown)}: see lm_eval ls tasks")

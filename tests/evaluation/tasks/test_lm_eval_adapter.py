@@ -78,7 +78,7 @@ def package(monkeypatch):
     modules["lm_eval.api.model"].LM = type("LM", (), {})
     modules["lm_eval.api"].model = modules["lm_eval.api.model"]
     modules["lm_eval"].api = modules["lm_eval.api"]
-    modules["lm_eval.tasks"].TaskManager = lambda include_path: SimpleNamespace(all_tasks=["mine"])
+    modules["lm_eval.tasks"].TaskManager = lambda **options: SimpleNamespace(all_tasks=["mine"])
 
     def simple_evaluate(*, model, tasks, **options):
         assert isinstance(model, modules["lm_eval.api.model"].LM) and options["limit"] == 3
