@@ -74,6 +74,7 @@ def test_wrong_values_raise(kind, options):
         (ParallelContext, {"prefix_bos": False}, "prefix_bos"),
         (ParallelContext, {"degree": 1, "selection": SelectiveAttention()}, "selection"),
         (ParallelContext, {"degree": 3, "piece_policy": KeepPieces(3)}, "piece_policy"),
+        (ParallelContext, {"degree": 3, "selection": SelectiveAttention(4)}, "selection (it keeps 4 of 3 pieces)"),
     ],
 )
 def test_options_without_effect_warn_once(kind, options, sentence):
@@ -81,6 +82,12 @@ def test_options_without_effect_warn_once(kind, options, sentence):
         warnings.simplefilter("always")
         kind(**options)
     assert [sentence in str(warning.message) for warning in found] == [True]
+
+
+def test_what_keeps_every_piece():
+    assert [SelectiveAttention(2).keeps_all(count) for count in (1, 2, 3)] == [True, True, False]
+    soft = SelectiveAttention(2, soft_temperature=1.0)
+    assert [soft.keeps_all(count) for count in (1, 2, 3)] == [True, False, False]
 
 
 def test_options_do_not_change():
