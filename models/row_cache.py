@@ -5,7 +5,7 @@ Legend: B batch, L things a row holds, U new ones.
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -17,9 +17,19 @@ from models.rows import RowProgress
 class RowCache(Cache):
     """State of a batch of sequences, exact for pieces of any length."""
 
-    def __init__(self) -> None:
+    def __init__(self, config: Any) -> None:
         super().__init__(layers=[])
+        self.config = config
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything."""
         self.progress = RowProgress()
+        self.clear()
+
+    @abstractmethod
+    def clear(self) -> None:
+        """Hold nothing but what every new cache does."""
 
     @abstractmethod
     def select(self, rows: Tensor) -> None:

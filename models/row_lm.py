@@ -56,7 +56,7 @@ class RowLanguageModel(CausalLanguageModel):
 
     def new_cache(self) -> RowCache:
         """Return an empty cache of this model."""
-        return self.cache_class(self.config)  # type: ignore[call-arg]
+        return self.cache_class(self.config)
 
     @can_return_tuple
     def forward(

@@ -29,8 +29,10 @@ class LayerMemory(NamedTuple):
 class BlockRecurrentCache(RowCache):
     """State of a batch of sequences."""
 
-    def __init__(self, config: BlockRecurrentConfig) -> None:
-        super().__init__()
+    config: BlockRecurrentConfig
+
+    def clear(self) -> None:
+        """Hold nothing."""
         self.memory: list[LayerMemory] = []
 
     def select(self, rows: Tensor) -> None:

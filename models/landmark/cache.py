@@ -19,10 +19,11 @@ from models.rows import Spans
 class LandmarkCache(RowCache):
     """All keys and values of a batch of sequences."""
 
-    def __init__(self, config: LandmarkConfig) -> None:
-        super().__init__()
-        self.chunk_size = config.chunk_size
-        self.layers_held: list[tuple[Tensor, Tensor] | None] = [None] * config.num_hidden_layers
+    config: LandmarkConfig
+
+    def clear(self) -> None:
+        """Hold nothing."""
+        self.layers_held: list[tuple[Tensor, Tensor] | None] = [None] * self.config.num_hidden_layers
         self._seen: list[int] = []
         self._new: list[int] = []
 
@@ -32,7 +33,7 @@ class LandmarkCache(RowCache):
         Returns:
             Where text and landmarks lie among its positions, and the place of each position in its row ``[B, P]``.
         """
-        size = self.chunk_size
+        size = self.config.chunk_size
         layout = segment_layout(input_ids, call.past, Spans([0] * len(call.new), call.new), chunk_size=size)
         after = [past + new for past, new in zip(call.past, call.new, strict=True)]
         self._seen = [past + past // size for past in call.past]

@@ -17,10 +17,11 @@ from models.window_cache import WindowRing
 class RPTCache(RowCache):
     """State of a batch of sequences."""
 
-    def __init__(self, config: RPTConfig) -> None:
-        super().__init__()
-        self.chunk_size = config.chunk_size
-        self.ring = WindowRing(config.num_hidden_layers, config.window_size)
+    config: RPTConfig
+
+    def clear(self) -> None:
+        """Hold nothing but an empty window."""
+        self.ring = WindowRing(self.config.num_hidden_layers, self.config.window_size)
         self.pending: Tensor | None = None
         """Lower outputs of the running chunk ``[B, S, M]``."""
         self.tokens: Tensor | None = None
@@ -43,7 +44,7 @@ class RPTCache(RowCache):
         Returns:
             ``[B, R, S, M]``, and for each row how many chunks it had and how many of these are its own.
         """
-        size = self.chunk_size
+        size = self.config.chunk_size
         running = [past % size for past in call.past]
         joined = appended(self.pending, x, running, call.new)
         done = [past // size for past in call.past]
@@ -60,7 +61,11 @@ class RPTCache(RowCache):
         all_values = appended(self.values, values, done, counts)
         self.keys, self.values = all_keys.detach(), all_values.detach()
         num_chunks = all_keys.shape[1]
-        return all_keys, all_values, self.tokens[:, : num_chunks * self.chunk_size].unflatten(1, (num_chunks, -1))
+        return (
+            all_keys,
+            all_values,
+            self.tokens[:, : num_chunks * self.config.chunk_size].unflatten(1, (num_chunks, -1)),
+        )
 
     def select(self, rows: Tensor) -> None:
         """Make row i hold what row ``rows[i]`` held."""

@@ -3,30 +3,22 @@
 Legend: B batch, T tokens.
 """
 
-from collections.abc import Sequence
-from typing import NoReturn
-
-import torch
 from torch import Tensor
-from transformers.cache_utils import Cache
 
-from models.rows import RowProgress, Spans
+from models.row_cache import RowCache
+from models.rows import Spans
 from models.sliding_window_lm.configuration_sliding_window_lm import SlidingWindowLMConfig
 from models.window_cache import WindowRing
 
 
-class SlidingWindowCache(Cache):
+class SlidingWindowCache(RowCache):
     """State of a batch of sequences, of constant size."""
 
-    def __init__(self, config: SlidingWindowLMConfig) -> None:
-        super().__init__(layers=[])
-        self.config = config
-        self.reset()
+    config: SlidingWindowLMConfig
 
-    def reset(self) -> None:
-        """Forget everything."""
+    def clear(self) -> None:
+        """Hold nothing but an empty window."""
         self.ring = WindowRing(self.config.num_hidden_layers, self.config.window_size)
-        self.progress = RowProgress()
 
     def begin(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Spans, Tensor | None]:
         """Start a call with ids ``[B, T]`` and a mask ``[B, past + T]``.
@@ -41,36 +33,10 @@ class SlidingWindowCache(Cache):
         self.progress.advance(spans, length)
         return spans, real
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Return the number of input positions seen, padding included."""
-        return self.progress.seen
-
-    def get_max_length(self, layer_idx: int | None = None) -> int:
-        """Return -1: there is no limit."""
-        return -1
-
     def nbytes(self) -> int:
         """Return the bytes held."""
         return self.ring.nbytes()
 
-    def batch_select_indices(self, indices: Tensor | Sequence[int]) -> None:
-        """Make row i continue what row ``indices[i]`` was."""
-        rows = torch.as_tensor(indices, dtype=torch.long)
-        self.progress.select(rows.tolist())
+    def select(self, rows: Tensor) -> None:
+        """Make row i hold what row ``rows[i]`` held."""
         self.ring.select(rows)
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Make row i continue what row ``beam_idx[i]`` was."""
-        self.batch_select_indices(beam_idx)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every row."""
-        self.batch_select_indices(torch.arange(len(self.progress.lengths)).repeat_interleave(repeats))
-
-    def crop(self, tokens_to_remove: int) -> NoReturn:
-        """Refuse: keys that left the window are gone.
-
-        Raises:
-            ValueError: Always.
-        """
-        raise ValueError("a SlidingWindowCache cannot be cropped: older positions are gone, start a new cache")

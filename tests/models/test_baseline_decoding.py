@@ -95,6 +95,9 @@ def test_rows_of_a_cache_can_be_chosen(model):
     torch.testing.assert_close(more, expected[:, 12:].repeat_interleave(2, 0), atol=1e-4, rtol=0)
     with pytest.raises(ValueError, match="cannot be cropped"):
         cache.crop(1)
+    cache.reset()
+    fresh = model(ids, past_key_values=cache).logits
+    torch.testing.assert_close(fresh, model(ids, use_cache=False).logits, atol=1e-4, rtol=0)
 
 
 @torch.no_grad()
