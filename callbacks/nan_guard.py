@@ -53,7 +53,9 @@ class NaNGuard(pl.Callback):
         # A finite loss can have an infinite gradient, which clipping would spread over all weights.
         # Scaled float16 gradients overflow in ordinary steps, which the scaler skips.
         grads = [p.grad for p in pl_module.parameters() if p.grad is not None and trainer.precision != "16-mixed"]
-        broken = bad.any() | ~torch.isfinite(torch.nn.utils.get_total_norm(grads)).to(bad.device)
+        norm: Any = torch.nn.utils.get_total_norm(grads)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        broken = bad.any() | ~torch.isfinite(norm).to(bad.device)
         if float(trainer.strategy.reduce(broken.float(), reduce_op="sum")) == 0:
             return
         _rewind(trainer, len(seen) - 1)

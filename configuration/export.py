@@ -35,6 +35,20 @@ def save_model_folder(model: PreTrainedModel | MergedModel, folder: Path, *, tok
         os.replace(new, folder)
 
 
+def restored_module(config: dict[str, Any], checkpoint: Path) -> Any:
+    """The Lightning module of a run with the weights of a checkpoint, on the CPU, in one piece.
+
+    Raises:
+        ValueError: the checkpoint is damaged, or of another model.
+    """
+    loaded = read_checkpoint(checkpoint)
+    module = build(config["module"], "module")
+    module.configure_model()
+    module.on_load_checkpoint(loaded)
+    module.load_state_dict(loaded["state_dict"])
+    return module
+
+
 def refuse_foreign(folder: Path) -> None:
     """Raise FileExistsError unless ``folder`` is absent, empty, or a model folder and nothing else."""
     if not folder.exists():
@@ -49,7 +63,7 @@ class CheckpointExport:
     """Export a run's checkpoint as a Hugging Face folder, on the CPU.
 
     Args:
-        checkpoint: a run folder (its newest checkpoint) or one ``.ckpt`` file inside it.
+        checkpoint: a run folder (its newest checkpoint) or one ``.ckpt`` inside it, a file or a folder of shards.
         output: the model folder to write; default ``<run>/model_step_N``.
         dtype: dtype of the saved weights.
 
@@ -66,7 +80,7 @@ class CheckpointExport:
         dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     ):
         path = Path(checkpoint)
-        folder = run_of(path) if path.is_file() else path
+        folder = run_of(path) if path.is_file() or path.suffix == ".ckpt" else path
         if folder is None or not (folder / "config.yaml").is_file():
             raise FileNotFoundError(f"{checkpoint} is no run folder nor a checkpoint of one: no config.yaml beside it")
         self.run_folder = folder
@@ -90,11 +104,7 @@ class CheckpointExport:
         """
         import models  # noqa: F401 - registers the suite's models
 
-        config, checkpoint = read_config(self.run_folder), read_checkpoint(self.checkpoint)
-        module = build(config["module"], "module")
-        module.configure_model()
-        module.on_load_checkpoint(checkpoint)
-        module.load_state_dict(checkpoint["state_dict"])
+        module = restored_module(read_config(self.run_folder), self.checkpoint)
         model = module.model_to_export().to(getattr(torch, self.dtype))
         tokenizer = self.run_folder / "tokenizer"
         save_model_folder(model, self.output, tokenizer=tokenizer if tokenizer.is_dir() else None)

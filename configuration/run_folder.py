@@ -147,7 +147,7 @@ def _refuse_another_run(folder: Path, config: dict[str, Any]) -> None:
 
 
 def _refuse_useless(checkpoint: Path, folder: Path, config: dict[str, Any]) -> None:
-    step, max_steps = int(read_checkpoint(checkpoint)["global_step"]), config["trainer"]["max_steps"]
+    step, max_steps = int(read_checkpoint(checkpoint, weights=False)["global_step"]), config["trainer"]["max_steps"]
     newest = newest_checkpoint(folder / "checkpoints")
     if newest is not None and (checkpoint_step(newest) or 0) > step:
         raise FileExistsError(

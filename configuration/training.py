@@ -16,8 +16,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 
 from callbacks.checkpoint import checkpoint_step, newest_checkpoint
 from callbacks.loss_log import read_rows
+from callbacks.sharded_strategies import SealedCheckpoints
 from configuration.errors import Stopped
-from configuration.export import save_model_folder
+from configuration.export import restored_module, save_model_folder
 from configuration.quiet import quiet
 from configuration.run_folder import open_run, versions, write_start
 from configuration.targets import build
@@ -169,10 +170,31 @@ def finish(trainer: pl.Trainer, module: pl.LightningModule, data: pl.LightningDa
         metrics["validation"] = {name: value for w in watchers for name, value in (w.last_result or {}).items()}
     write_json(folder / "metrics.json", metrics)
     if config["export_model"]:
-        tokenizer = folder / "tokenizer" if (folder / "tokenizer").is_dir() else None
-        save_model_folder(module.model_to_export(), folder / "model", tokenizer=tokenizer)
-        if has_adapters(module.model):
-            module.save_adapter(folder / "adapter")
+        write_model(whole_module(trainer, module, config), folder)
+
+
+def whole_module(trainer: pl.Trainer, module: pl.LightningModule, config: dict[str, Any]) -> Any:
+    """The trained module with all its weights in this process: of a sharded one, from the last checkpoint.
+
+    Raises:
+        ValueError: a sharded run kept no checkpoint of its last step.
+    """
+    if not isinstance(trainer.strategy, SealedCheckpoints):
+        return module
+    newest = newest_checkpoint(Path(config["output"]) / "checkpoints")
+    if newest is None or checkpoint_step(newest) != trainer.global_step:
+        raise ValueError(
+            "sharded weights are exported from a checkpoint: keep callbacks.checkpoint or export_model=false"
+        )
+    return restored_module(config, newest)
+
+
+def write_model(module: Any, folder: Path) -> None:
+    """Write the Hugging Face folder of a run, and that of its adapters."""
+    tokenizer = folder / "tokenizer" if (folder / "tokenizer").is_dir() else None
+    save_model_folder(module.model_to_export(), folder / "model", tokenizer=tokenizer)
+    if has_adapters(module.model):
+        module.save_adapter(folder / "adapter")
 
 
 def protocol(config: dict[str, Any], data: Any) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from lightning_modules.lora import MergedModel, has_adapters, save_adapter
 from lightning_modules.model_identity import refuse_other_model
 from lightning_modules.optimization import Optimization, decay_groups, group_options, total_grad_norm
 from lightning_modules.packed_rows import document_inputs
+from lightning_modules.sharding import is_sharded, shard_module, whole
 from lightning_modules.step_targets import StepTargets
 from losses.cross_entropy import next_token_nll
 
@@ -77,6 +78,8 @@ class CausalLMModule(pl.LightningModule):
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if self.compile_model:
             self.model.compile()
+        if self._device_mesh is not None:
+            shard_module(self, self.model)
 
     def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> dict[str, Any]:
         """Return the share of the step's loss that this micro-batch is, its detached ``nll_sum``, ``num_targets``."""
@@ -127,7 +130,7 @@ class CausalLMModule(pl.LightningModule):
 
     def model_inputs(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Keep the entries of a batch that are arguments of the model; documents as the model keeps them apart."""
-        kept = {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch}
+        kept: dict[str, torch.Tensor] = {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch}
         return kept | document_inputs(self.model, batch) if "document_ids" in batch else kept
 
     def seed_micro_batch(self, batch_idx: int) -> None:
@@ -162,8 +165,11 @@ class CausalLMModule(pl.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Measure the gradient norm (before clipping), then clip as the trainer is told."""
-        self.grad_norm = total_grad_norm(self.model.parameters())
+        """Measure the gradient norm (before clipping), then clip as the trainer is told.
+
+        DeepSpeed holds the gradients itself, and clips them; it tells their norm after the step.
+        """
+        self.grad_norm = whole(total_grad_norm(self.model.parameters()))
         self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def model_to_export(self) -> Any:
@@ -179,9 +185,12 @@ class CausalLMModule(pl.LightningModule):
         save_adapter(self.model, folder)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Store the model's configuration beside its weights; of a model with adapters only what training changes."""
+        """Store the model's configuration beside its weights; of a model with adapters only what training changes.
+
+        A strategy that shards the model writes its shards whole.
+        """
         checkpoint["model_config"] = self.model.config.to_json_string(use_diff=False)
-        if has_adapters(self.model) and "state_dict" in checkpoint:
+        if has_adapters(self.model) and "state_dict" in checkpoint and not is_sharded(self):
             if self._frozen_identity is None:
                 self._frozen_identity = frozen_identity(self)
             leave_frozen_out(self, checkpoint, self._frozen_identity)

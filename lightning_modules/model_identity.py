@@ -19,8 +19,12 @@ def refuse_other_model(module: pl.LightningModule, checkpoint: dict[str, Any]) -
     Raises:
         ValueError: something differs; the first difference is named.
     """
-    mine = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    theirs = {name: tuple(tensor.shape) for name, tensor in checkpoint["state_dict"].items()}
+    mine: dict[str, Any] = {}
+    theirs: dict[str, Any] = {}
+    # Strategies that shard the weights load them themselves, and compare their shapes.
+    if checkpoint.get("state_dict"):
+        mine = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+        theirs = {name: tuple(tensor.shape) for name, tensor in checkpoint["state_dict"].items()}
     options = _options(type(module.model.config))
     mine |= _chosen(options, module.model.config.to_json_string(use_diff=False))
     theirs |= _chosen(options, checkpoint["model_config"])

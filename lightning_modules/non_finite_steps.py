@@ -29,11 +29,16 @@ class NonFiniteSteps:
         bad = ~torch.isfinite(loss.detach())
         self._bad = bad if self._bad is None else self._bad | bad
 
-    def end_step(self, parameters: Iterable[nn.Parameter], grad_norm: Tensor) -> None:
+    def end_step(self, parameters: Iterable[nn.Parameter], grad_norm: Tensor, *, can_skip: bool = True) -> None:
         """Decide over all ranks; to be called with the gradients of the step complete. The host waits here once.
 
+        Args:
+            parameters: whose gradients are dropped.
+            grad_norm: norm of all gradients, also of those that are spread over processes.
+            can_skip: whether dropping them keeps the optimiser from stepping.
+
         Raises:
-            ValueError: too many skipped steps in a row.
+            ValueError: too many skipped steps in a row, or one that cannot be skipped.
         """
         bad = ~torch.isfinite(grad_norm)
         flag = (bad if self._bad is None else bad | self._bad.to(bad.device)).float()
@@ -47,8 +52,9 @@ class NonFiniteSteps:
             parameter.grad = None
         self.skipped += 1
         self._in_row += 1
-        if self._in_row >= self.max_in_row:
+        if self._in_row >= self.max_in_row or not can_skip:
+            engine = "" if can_skip else ", which this engine cannot skip"
             raise ValueError(
-                f"the loss or the gradient was not finite in {self._in_row} steps in a row: lower the learning rate, "
-                "or look at the data and the scores"
+                f"the loss or the gradient was not finite in {self._in_row} steps in a row{engine}: lower the learning "
+                "rate, or look at the data and the scores"
             )

@@ -56,7 +56,11 @@ class SummedLossModule(CausalLMModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip, then drop the step if its loss or gradient is not finite on any rank."""
+        """Clip, then drop the step if its loss or gradient is not finite on any rank.
+
+        DeepSpeed holds the gradients itself: there a loss that is not finite ends the run.
+        """
         super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
         if self.trainer.precision != "16-mixed":  # its scaler skips by itself
-            self.skipping.end_step(self.parameters(), self.grad_norm)
+            can_skip = not self.trainer.strategy.handles_gradient_accumulation
+            self.skipping.end_step(self.parameters(), self.grad_norm, can_skip=can_skip)

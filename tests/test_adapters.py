@@ -20,7 +20,7 @@ WEIGHTED = ["recipe=pg19_longce", "module.lora={r: 4, lora_alpha: 8}"]
 def train(arguments, corpus, output, *more):
     place = f"data.path={corpus}" if arguments is KV else f"prepare.corpus={corpus}"
     options = [f"trainer.max_steps={STEPS}", "trainer.enable_progress_bar=false", "eval_every_n_steps=null"]
-    options += ["callbacks.checkpoint.every_n_train_steps=2", "callbacks.checkpoint.save_top_k=null", *more]
+    options += ["callbacks.checkpoint.every_n_train_steps=2", "callbacks.checkpoint.keep_last=null", *more]
     config = compose([*arguments, "scale=tiny", place, f"output={output}", *options], command="train")
     check(config)
     run(config)

@@ -2,6 +2,7 @@
 
 import json
 
+import lightning.pytorch as pl
 import pytest
 import torch
 
@@ -57,7 +58,7 @@ def test_any_number_of_resumes_leaves_as_many_files_as_asked_for(fit, tmp_path):
     for max_steps in (3, 6, 10, 10):
         newest = newest_checkpoint(folder)
         options = {"enable_checkpointing": True, "ckpt_path": newest, "max_steps": max_steps}
-        fit(StepCheckpoint(str(folder), every_n_train_steps=2, save_top_k=2), **options)
+        fit(StepCheckpoint(str(folder), every_n_train_steps=2, keep_last=2), **options)
         assert newest_checkpoint(folder).name == f"step_{max_steps}.ckpt"
     assert names(folder) == ["step_10.ckpt", "step_8.ckpt"]
 
@@ -71,15 +72,32 @@ class Recorded(AtomicCheckpointIO):
         super().save_checkpoint(checkpoint, path, storage_options)
 
 
-@pytest.mark.parametrize(("save_top_k", "steps"), [(1, [5]), (None, [2, 4, 5])])
-def test_steps_are_saved_once_and_the_last_always(fit, tmp_path, save_top_k, steps):
-    callback, recorded = StepCheckpoint(str(tmp_path), every_n_train_steps=2, save_top_k=save_top_k), Recorded()
+@pytest.mark.parametrize(("keep_last", "steps"), [(1, [5]), (None, [2, 4, 5])])
+def test_steps_are_saved_once_and_the_last_always(fit, tmp_path, keep_last, steps):
+    callback, recorded = StepCheckpoint(str(tmp_path), every_n_train_steps=2, keep_last=keep_last), Recorded()
     fit(callback, enable_checkpointing=True, max_steps=5, accumulate_grad_batches=3, plugins=[recorded])
     assert recorded.steps == [2, 4, 5]
     assert names(tmp_path) == [f"step_{step}.ckpt" for step in steps]
 
 
-@pytest.mark.parametrize("options", [{"every_n_train_steps": 0}, {"every_n_train_steps": 1, "save_top_k": 0}])
+@pytest.mark.parametrize("options", [{"every_n_train_steps": 0}, {"every_n_train_steps": 1, "keep_last": 0}])
 def test_a_callback_that_never_saves_is_refused(options):
     with pytest.raises(ValueError, match="must be at least 1"):
         StepCheckpoint("x", **options)
+
+
+class Falling(pl.Callback):
+    """Logs a value that falls and rises again."""
+
+    def on_validation_epoch_end(self, trainer, pl_module):
+        pl_module.log("val/loss", [5.0, 2.0, 1.0, 3.0, 4.0][trainer.global_step // 2 - 1])
+
+
+def test_the_best_are_kept_beside_the_newest(fit, tmp_path):
+    options = {"enable_checkpointing": True, "max_steps": 10, "val_check_interval": 2}
+    callback = StepCheckpoint(str(tmp_path), every_n_train_steps=5, keep_last=1, keep_best=2)
+    fit(Falling(), callback, **options)
+    assert names(tmp_path) == ["best.json", "step_10.ckpt", "step_4.ckpt", "step_6.ckpt"]
+    assert json.loads((tmp_path / "best.json").read_text()) == {"6": 1.0, "4": 2.0}
+    with pytest.raises(ValueError, match="keep_best looks for 'val/nothing', which no validation logs; there is: "):
+        fit(StepCheckpoint(str(tmp_path / "x"), every_n_train_steps=5, keep_best=1, monitor="val/nothing"), **options)

@@ -35,7 +35,7 @@ def test_a_copied_value_is_reported_once_at_its_source(problems):
     [
         ("module.optimization.betas=[0.9]", "module.optimization.betas must be tuple[float, float], got [0.9]"),
         ("module.optimization.betas=[0.9,1.5]", "module.optimization: betas must be two numbers in [0, 1)"),
-        ("callbacks.checkpoint.every_n_train_steps=-1", "callbacks.checkpoint: every_n_train_steps and save_top_k"),
+        ("callbacks.checkpoint.every_n_train_steps=-1", "callbacks.checkpoint: every_n_train_steps and keep_last"),
         ("callbacks.throughput.window=0", "callbacks.throughput: window and every_n_steps must be at least 1"),
         ("trainer.gradient_clip_val=-1", "trainer.gradient_clip_val must be above 0, or null"),
         ("trainer.val_check_interval=3", "trainer.val_check_interval is not used: set eval_every_n_steps=N"),

@@ -1,0 +1,128 @@
+"""Checkpoints that are folders of shards: sealed when they are complete, verified before anything in them is read.
+
+Notable: engines write their shards as pickles, some of which only the engine itself can read. A folder is handed to it
+when its sizes and checksums are those of its seal and its pickles name nothing but what such files are made of.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import zipfile
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from callbacks.pickle_names import imported_names
+from evaluation.results import read_json, write_json
+
+SEAL = "seal.json"
+FSDP_META = "meta.pt"
+BLOCK = 1 << 22
+# What pickles of checkpoints name: plain containers, tensors, and what the engines describe their shards with.
+HARMLESS = re.compile(
+    r"""collections\.(OrderedDict|defaultdict)
+    | (builtins|__builtin__)\.(bool|bytearray|complex|dict|float|frozenset|int|list|set|slice|tuple)
+    | datetime\.timedelta
+    | pathlib\.(Posix|Windows)Path
+    | torch\.(Size|Tensor|device|\w+Storage|bool|(b?float|u?int|complex|q?u?int)\d+\w*)
+    | torch\._utils\._rebuild_(tensor_v2|tensor_v3|parameter|parameter_with_state)
+    | torch\._tensor\._rebuild_from_type_v2
+    | torch\.nn\.parameter\.Parameter
+    | torch\.serialization\._get_layout
+    | torch\.distributed\.checkpoint\.metadata\.\w+
+    | torch\.distributed\.checkpoint\.filesystem\._StorageInfo
+    | deepspeed\.runtime\.fp16\.loss_scaler\.(Dynamic)?LossScaler
+    | deepspeed\.runtime\.zero\.config\.ZeroStageEnum
+    | deepspeed\.utils\.tensor_fragment\.fragment_address""",
+    re.VERBOSE,
+)
+
+
+def seal(folder: Path) -> None:
+    """Write sizes and checksums of all files of a folder into it, flushed to the disk: from now on it is complete."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != SEAL)
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        found = list(pool.map(_fingerprint, files))
+    names = [path.relative_to(folder).as_posix() for path in files]
+    write_json(folder / SEAL, {"files": dict(zip(names, found, strict=True))})
+
+
+def verify(folder: Path) -> None:
+    """Compare a folder with its seal, and look at what its pickles name.
+
+    Raises:
+        ValueError: it is incomplete, damaged, or holds what no checkpoint holds.
+    """
+    if not (folder / SEAL).is_file():
+        raise ValueError(f"checkpoint {folder} has no {SEAL}: it is incomplete, or none of a training run")
+    sealed = read_json(folder / SEAL).get("files", {})
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        found = list(pool.map(lambda name: _fingerprint(folder / name), sealed))
+    for (name, expected), actual in zip(sealed.items(), found, strict=True):
+        if actual != expected:
+            raise ValueError(
+                f"checkpoint {folder} is damaged ({name}): name another, or delete it to resume from the one before it"
+            )
+    for path in (folder / name for name in sealed):
+        named = next((name for name in _globals(path) if not HARMLESS.fullmatch(name)), None)
+        if named is not None:
+            raise ValueError(f"{path} names {named}, which no checkpoint needs: it is not read")
+
+
+def metadata_of(folder: Path) -> dict[str, Any]:
+    """What a sealed checkpoint stores beside weights and moments: step, model configuration, states of loops."""
+    if (folder / FSDP_META).is_file():
+        return torch.load(folder / FSDP_META, map_location="cpu", weights_only=True)
+    from callbacks.zero_checkpoint import model_states
+
+    return model_states(folder)[0]
+
+
+def gathered_shards(folder: Path) -> dict[str, Any]:
+    """``{"state_dict": {name: tensor}}`` of a checkpoint of FSDP2, in this process alone."""
+    from torch.distributed.checkpoint import FileSystemReader  # slow to import
+    from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
+    from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
+
+    found: dict[str, Any] = {}
+    planner = _EmptyStateDictLoadPlanner(keys={"state_dict"})
+    _load_state_dict(found, storage_reader=FileSystemReader(folder), planner=planner, no_dist=True)
+    return found
+
+
+def _fingerprint(path: Path) -> dict[str, int] | None:
+    """Size and CRC-32 of a file, None where there is none."""
+    if not path.is_file():
+        return None
+    checksum, size = 0, 0
+    with path.open("rb") as file:
+        while block := file.read(BLOCK):
+            checksum, size = zlib.crc32(block, checksum), size + len(block)
+    return {"bytes": size, "crc32": checksum}
+
+
+def _globals(path: Path) -> Iterator[str]:
+    """Names that the pickles in a file refer to."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            for record in archive.namelist():
+                if record.endswith("data.pkl"):
+                    with archive.open(record) as file:
+                        yield from imported_names(file)
+    elif path.name == ".metadata":
+        with path.open("rb") as file:
+            yield from imported_names(file)
+
+
+def flush_folder(folder: Path) -> None:
+    """Flush the entries of a folder to the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
