@@ -117,7 +117,7 @@ def _in_essay(essay: Sequence[str], start: int, needles: list[str], depths: list
     """Hide needles between the sentences of so many words of a text, which begins anew where it ends."""
 
     def build(size: int) -> str:
-        words = itertools.islice(itertools.cycle(essay), start, start + size)
+        words = (essay[at % len(essay)] for at in range(start, start + size))
         sentences: list[list[str]] = [[]]
         for word in words:
             sentences[-1].append(word)
