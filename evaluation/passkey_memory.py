@@ -35,14 +35,19 @@ class Need:
 
 
 def estimate(config: Any, length: int, *, segment_length: int, itemsize: int, offload: bool) -> Need:
-    """Estimate from sizes alone; models without a chunk memory hold a window only, or are said to.
+    """Estimate from sizes alone.
 
-    A chunk costs ``2 S heads head_dim`` elements (keys and values) and a landmark of M; appending copies the landmarks.
+    A chunk of a DRT costs ``2 S heads head_dim`` elements (keys and values) and a landmark of M; appending copies the
+    landmarks. A model with neither chunk memory nor window keeps the keys and values of all tokens in every layer.
     """
     segment = min(segment_length, length)
     widest = max(config.hidden_size, getattr(config, "intermediate_size", 0) or 0)
     device = segment * widest * ACTIVATIONS * itemsize
-    chunks = landmarks = 0
+    chunks = 0
+    if not any(getattr(config, name, None) for name in ("window_size", "block_width", "sliding_window")):
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        device += 2 * length * config.num_hidden_layers * heads * head_dim * itemsize
     if hasattr(config, "offload_chunk_memory"):
         count, width = length // config.chunk_size, config.chunk_num_kv_heads * config.head_dim
         chunk = 2 * config.chunk_size * width * itemsize

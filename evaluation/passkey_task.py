@@ -261,7 +261,7 @@ class PasskeyTask:
 
 def retrieves(config: Any) -> bool:
     """Whether models of this configuration look far back by retrieval."""
-    return getattr(config, "chunk_top_k", None) is not None
+    return hasattr(config, "chunk_top_k")
 
 
 def check_retrieval(configs: Mapping[str, Any]) -> None:

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from transformers import LlamaConfig
 
 from datamodules.corpus import open_corpus
 from datamodules.needle_task import model_needle_task
@@ -147,3 +148,6 @@ def test_memory_is_estimated_before_anything_is_read(monkeypatch):
     passkey_memory.check_memory(config, 2**24, offload=True, **gpu)
     with pytest.raises(ValueError, match="leave that length out"):
         passkey_memory.check_memory(config, 2**27, offload=True, **gpu)
+    dense = LlamaConfig(hidden_size=64, intermediate_size=64, num_attention_heads=4, num_key_value_heads=2)
+    grown = [passkey_memory.estimate(dense, length, offload=True, **options).device for length in (2**20, 2**21)]
+    assert grown[1] - grown[0] == 2**20 * dense.num_hidden_layers * 2 * 2 * 16 * 2
