@@ -31,6 +31,7 @@ FREE = (
     "data.pin_memory",
     "data.eval_lengths",
     "data.eval_batch_tokens",
+    "data.max_eval_pairs",
     "data.max_eval_tokens",
     "data.max_steps",
     "module.max_steps",
