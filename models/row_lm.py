@@ -96,11 +96,12 @@ class RowLanguageModel(CausalLanguageModel):
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         states: list[Tensor] | None = [] if output_hidden_states else None
+        documents: Tensor | None
         cache = None
         if document_ids is not None:
             RowProgress().spans(input_ids.shape, attention_mask)
-            documents: Tensor | None = document_numbers(document_ids, attention_mask)
-            hidden = self._documents_one_by_one(input_ids, documents, states)
+            numbers = document_numbers(document_ids, attention_mask)
+            hidden, documents = self._documents_one_by_one(input_ids, numbers, states), numbers
         else:
             if self.caches(use_cache, labels, past_key_values):
                 cache = self._cache(past_key_values)
@@ -134,9 +135,8 @@ class RowLanguageModel(CausalLanguageModel):
             states[:] = [restore(state, offsets) for state in states]
         return hidden, spans.documents(input_ids)
 
-    def _documents_one_by_one(self, input_ids: Tensor, documents: Tensor | None, states: list[Tensor] | None) -> Tensor:
+    def _documents_one_by_one(self, input_ids: Tensor, documents: Tensor, states: list[Tensor] | None) -> Tensor:
         """Return hidden states ``[B, T, M]`` of packed documents; 0 at padding."""
-        assert documents is not None
         rows, recorded = [], []
         for ids, numbers in zip(input_ids, documents, strict=True):
             values, lengths = torch.unique_consecutive(numbers, return_counts=True)
