@@ -26,7 +26,7 @@ from patches.sentinel.context import compress
 from patches.sentinel.decoding import ForgettingDecoding
 from patches.sentinel.generation import SentinelGenerator
 from patches.sentinel.rule_generation import RuleGenerator, read_under, scattered_share, sinks_and_share
-from patches.sentinel.sampler import SpanSampler
+from patches.sentinel.sampler import SpanSampler, max_compression_ratio
 from patches.sentinel.sentinels import Sentinels
 
 
@@ -151,6 +151,7 @@ class Writer:
                     "trained, or leave the method out"
                 )
             sampler = replace(self.sampler, compression_ratio=compression_ratio)
+            self._check_reach(sampler, ids.shape[1], example)
             draw = random.Random(f"{self.sampling.seed} {example}")
             spans = sampler(ids.shape[1], slots=self.sentinels.slots, generator=draw)
             return SentinelGenerator(
@@ -163,6 +164,17 @@ class Writer:
             )
         rule = self.rule(method, compression_ratio, num_tokens=ids.shape[1], example=example)
         return RuleGenerator(rule, context=read_under(self.model, ids, rule, sentinels=self.sentinels))
+
+    def _check_reach(self, sampler: SpanSampler, num_tokens: int, example: int) -> None:
+        assert self.sentinels is not None
+        options = {"min_length": sampler.min_length, "max_length": sampler.max_length, "slots": self.sentinels.slots}
+        reached = max_compression_ratio(num_tokens, **options)
+        if int(sampler.compression_ratio * num_tokens + 0.5) > round(reached * num_tokens):
+            raise ValueError(
+                f"compression_ratio={sampler.compression_ratio} is out of reach: spans of at most {sampler.max_length} "
+                f"tokens remove at most {reached:.4f} of the {num_tokens} tokens of prefix {example}; lower it, or "
+                "raise task.sampler.max_length"
+            )
 
     def rule(self, method: Method, compression_ratio: float, *, num_tokens: int, example: int) -> Rule:
         """Return the rule of a baseline; all of them keep the same share at every length."""

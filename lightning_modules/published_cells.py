@@ -89,5 +89,9 @@ class PublishedText:
         keep = None
         if method == "scattered":
             keep = bernoulli_keep(len(blocks), self.context_length, compression_ratio, seed=seed + 1)
-        options: dict[str, Any] = {"method": method, "compression_ratio": compression_ratio, "sentinels": self.sentinels}
+        options: dict[str, Any] = {
+            "method": method,
+            "compression_ratio": compression_ratio,
+            "sentinels": self.sentinels,
+        }
         return text.report | published_perplexity(model, torch.as_tensor(blocks), keep=keep, **options)

@@ -41,14 +41,22 @@ def load_causal_lm(
         keep_rope_scaling: see `override_rope`.
 
     Raises:
-        ValueError: as `override_rope`.
+        ValueError: as `override_rope`, or the attention implementation is not installed.
         OSError: there is no such model.
     """
     config = AutoConfig.from_pretrained(path)
     override_rope(config, theta=rope_theta, context_length=context_length, keep_scaling=keep_rope_scaling)
-    return AutoModelForCausalLM.from_pretrained(
-        path, config=config, dtype=dtype, attn_implementation=attn_implementation
-    )
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            path, config=config, dtype=dtype, attn_implementation=attn_implementation
+        )
+    except ImportError as error:
+        if attn_implementation is None:
+            raise
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"attn_implementation={attn_implementation} is not there ({reason}): choose sdpa, or install the package"
+        ) from error
 
 
 def override_rope(

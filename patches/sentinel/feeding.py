@@ -60,6 +60,7 @@ def feed(model: nn.Module, cache: EvictingCache, columns: Columns, *, logits_to_
     Returns:
         Raw logits ``[B, T, V]`` (or ``[B, N, V]``).
     """
+    refuse_other_cache(model, cache)
     valid = None if columns.all_visible else columns.kind != PAD
     cache.append(kind=columns.kind, span=columns.span, position_ids=columns.position_ids, valid=valid)
     num_new = columns.kind.shape[1]
@@ -74,6 +75,25 @@ def feed(model: nn.Module, cache: EvictingCache, columns: Columns, *, logits_to_
             **({"logits_to_keep": logits_to_keep} if choice else {}),
         )
     return out.logits if choice or logits_to_keep is None else out.logits[:, logits_to_keep]
+
+
+def refuse_other_cache(model: nn.Module, cache: EvictingCache) -> None:
+    """Refuse a cache that another model filled, as far as its shape tells.
+
+    Raises:
+        ValueError: other numbers of layers or heads.
+    """
+    if not cache.layers or not cache.layers[0].is_initialized:
+        return
+    config = text_config(model)
+    # Some families keep a number of key-value heads that they do not use.
+    heads = {config.num_attention_heads, getattr(config, "num_key_value_heads", None)} - {None}
+    held = len(cache.layers), cache.layers[0].keys.shape[1]
+    if held[0] != config.num_hidden_layers or held[1] not in heads:
+        raise ValueError(
+            f"the cache is of another model: it holds {held[0]} layers of {held[1]} heads, the model has "
+            f"{config.num_hidden_layers} of {min(heads)}; continue it with the model that read the context"
+        )
 
 
 def _mask(model: nn.Module, cache: EvictingCache, num_new: int) -> object:

@@ -101,6 +101,13 @@ def test_samples_are_a_function_of_seed_and_prefix(folder, method):
         assert one["peak_entries"] < 0.75 * (len(PREFIXES[1][0]) + 12)
 
 
+def test_a_ratio_out_of_reach_says_what_can_be_reached(folder):
+    model = LlamaForCausalLM.from_pretrained(folder).eval()
+    writer = Writer(model, load_tokenizer("bytes"), SENTINELS, SpanSampler(max_length=9), SAMPLING)
+    with pytest.raises(ValueError, match=r"remove at most 0\.8889 of the 27 tokens of prefix 3"):
+        writer.write(PREFIXES[1][0], method="sentinel", compression_ratio=0.95, example=3)
+
+
 def test_ids_without_text_are_never_written(folder):
     model = LlamaForCausalLM.from_pretrained(folder).eval()
     writer = Writer(model, load_tokenizer("bytes"), SENTINELS, SpanSampler(), SAMPLING)
