@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from datamodules.summary_store import SummaryStore, open_summaries
+from preprocess import summary_sources
 from preprocess.command import run_command
 from preprocess.summarization import ensure_summaries, evaluation_pairs, main
 from preprocess.summary_sources import Columns, docstrings, open_pairs
@@ -74,6 +75,28 @@ def test_splits_come_from_names_or_are_held_out(tmp_path):
     many = [{"document": f"d{n}", "summary": "s"} for n in range(400)]
     splits = [p.split for p in open_pairs(write(tmp_path / "a.jsonl", many), Columns()).pairs()]
     assert 5 < splits.count("validation") < 50 and splits.count("train") == 400 - splits.count("validation")
+
+
+def test_the_hub_is_streamed_with_its_splits(call, tmp_path, monkeypatch):
+    class Hub:
+        def __init__(self, name, options):
+            self.repository, self.name = name, "news"
+            rows = [{"article": f"a{n}", "highlights": f"h{n}", "id": f"i{n}"} for n in range(4)]
+            self.streams = {"train": rows, "validation": rows[:2], "test": rows[:1]}
+
+        def describe(self):
+            return {"kind": "hub", "name": self.repository, "config": "", "revision": "r", "options": {}}
+
+    monkeypatch.setattr(summary_sources, "HubSource", Hub)
+    status, shown = call("hub:org/news", "--tokenizer", "bytes", "--output", tmp_path / "store")
+    assert status == 0, shown.err
+    stores = {split: open_summaries(tmp_path / "store", split=split) for split in ("train", "validation", "test")}
+    assert [len(store) for store in stores.values()] == [4, 2, 1]
+    assert stores["train"].texts()[3] == {"id": "i3", "summary": "h3"}
+    status, shown = call(
+        "hub:org/news", "--tokenizer", "bytes", "--output", tmp_path / "x", "--summary-column", "abstract"
+    )
+    assert status == 2 and "org/news train row 0 has no column abstract: choose --summary-column among" in shown.err
 
 
 def test_the_command_makes_a_store_once(call, tmp_path):
