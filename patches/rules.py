@@ -13,7 +13,7 @@ from torch import Tensor
 
 from patches.rules_dense import Rule, dense_mask, index_mask
 from patches.rules_form import as_attention_mask
-from patches.rules_kinds import PLAIN, SLOT, Spans
+from patches.rules_kinds import PLAIN, SLOT, Spans, last_seen
 
 __all__ = [
     "Rule",
@@ -43,21 +43,21 @@ def causal() -> Rule:
 def sentinel(layout: Spans) -> Rule:
     """Return the rule of rows with sentinels (arXiv 2310.08152).
 
-    Visible, for ``key <= query``: the query itself; to a plain query slots, plain keys outside closed spans and plain
-    keys of its own span; to a slot everything of its own span. So nobody but its slots sees an opening sentinel, a
-    slot sees neither other slots nor the context, and a pad sees itself.
+    Visible, for ``key <= query``: the query itself; to a plain query slots that are not forgotten, plain keys outside
+    closed spans and those of spans that are closed only later, its own for one; to a slot everything of its own span.
+    So nobody but its slots sees an opening sentinel, a slot sees neither other slots nor the context, and a pad sees
+    itself.
 
     Args:
-        layout: Anything with ``kind`` and ``span`` ``[B, S]``.
+        layout: Anything with ``kind`` and ``span`` ``[B, S]``, and ``forget`` if slots end.
     """
-    kind, span = layout.kind, layout.span
+    kind, span, end = layout.kind, layout.span, last_seen(layout)
 
     def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         query_kind, query_span = kind[batch, query], span[batch, query]
         key_kind, key_span = kind[batch, key], span[batch, key]
-        same = query_span == key_span
-        context = (key_kind == SLOT) | ((key_kind == PLAIN) & (same | (key_span == 0)))
-        seen = ((query_kind == PLAIN) & context) | ((query_kind == SLOT) & (query_span > 0) & same)
+        context = ((key_kind == SLOT) | (key_kind == PLAIN)) & (query <= end[batch, key])
+        seen = ((query_kind == PLAIN) & context) | ((query_kind == SLOT) & (query_span > 0) & (query_span == key_span))
         return ((key == query) | seen) & (key <= query)
 
     return visible

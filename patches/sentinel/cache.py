@@ -31,6 +31,8 @@ class EvictingCache(Cache):
         """Logical columns so far."""
         self.has_holes = False
         """Whether some row has a hole."""
+        self.forget: Tensor | None = None
+        """``[B]``, see `patches.rules_kinds.last_seen`; set while rows that forget are read."""
 
     @property
     def index(self) -> Tensor:

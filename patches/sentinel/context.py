@@ -138,18 +138,22 @@ def compress(
     rows = [ids[mask] for ids, mask in zip(input_ids, real, strict=True)]
     if not all(row.numel() for row in rows):
         raise ValueError("every row of a context needs at least one token; drop empty rows")
+    forget = None
     if spans is None:
         chosen = SpanSampler() if sampler is None else sampler
+        forget = chosen.forget(sentinels.slots) if isinstance(chosen, SpanSampler) else None
         draws = (random.Random(f"{seed} {number}") for number in range(len(rows)))
         spans = [
             chosen(row.numel(), slots=sentinels.slots, generator=draw) for row, draw in zip(rows, draws, strict=True)
         ]
-    layout = SpanLayout.from_spans(rows, spans, sentinels).to(input_ids.device)
+    layout = SpanLayout.from_spans(rows, spans, sentinels, forget=forget).to(input_ids.device)
     cache = EvictingCache()
     last = layout.plain_index.gather(1, layout.num_tokens[:, None] - 1)
     if chunk_size is None:
         wanted, place = torch.unique(last, return_inverse=True)
-        logits = feed(model, cache, continued(layout, cache), logits_to_keep=wanted)
+        columns, cache.forget = continued(layout, cache), layout.forget
+        logits = feed(model, cache, columns, logits_to_keep=wanted)
+        cache.forget = None
         next_logits = logits[torch.arange(len(rows), device=logits.device), place[:, 0]]
         cache.evict(layout.needed(layout.kind.shape[1] - 1))
     else:

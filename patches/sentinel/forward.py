@@ -58,6 +58,7 @@ def stream(model: nn.Module, layout: SpanLayout, chunk_size: int, cache: Evictin
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
     first, columns = cache.num_seen, continued(layout, cache)
+    cache.forget = layout.forget
     for start in range(0, layout.kind.shape[1], chunk_size):
         chunk = columns.part(start, start + chunk_size)
         logits = feed(model, cache, chunk)
@@ -67,12 +68,15 @@ def stream(model: nn.Module, layout: SpanLayout, chunk_size: int, cache: Evictin
         if bool((~keep & ~earlier).any() | (chunk.kind == PAD).any()):
             cache.evict(keep)
         yield logits
+    cache.forget = None
 
 
 def continued(layout: SpanLayout, cache: EvictingCache) -> Columns:
     """Return the columns of a layout; positions and span numbers continue those of a cache."""
     position_ids, span = layout.position_ids, layout.span.long()
     if cache.num_physical:
+        if layout.forget is not None:
+            raise ValueError("rows that forget spans start on an empty cache: pass cache=None, or forget=None")
         past = cache.position_ids.amax(1, keepdim=True) + 1
         # A sentinel before the first token copies the last position of the past.
         leading = (layout.kind == PLAIN).cumsum(1) == 0

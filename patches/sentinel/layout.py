@@ -10,7 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from patches.rules_kinds import OPEN, PAD, PLAIN, SLOT
+from patches.rules_kinds import OPEN, PAD, PLAIN, SLOT, last_seen
 from patches.sentinel.layout_parts import Span, parse_ids, place_row
 from patches.sentinel.sentinels import Sentinels
 
@@ -30,6 +30,8 @@ class SpanLayout:
     """``[B, S]`` int8: PLAIN, OPEN, SLOT or PAD."""
     span: Tensor
     """``[B, S]`` int32: 1, 2, ... inside closed spans, else 0."""
+    forget: Tensor | None = None
+    """``[B]`` int32: thousandths of the closed spans, oldest first, whose slots are gone; None = none of them."""
 
     def __post_init__(self) -> None:
         shapes = {tuple(tensor.shape) for tensor in (self.input_ids, self.kind, self.span)}
@@ -37,6 +39,8 @@ class SpanLayout:
             raise ValueError(f"input_ids, kind and span must share one shape [B, S], got {sorted(shapes)}")
         for name, dtype in (("input_ids", torch.int64), ("kind", torch.int8), ("span", torch.int32)):
             object.__setattr__(self, name, getattr(self, name).to(dtype))
+        if self.forget is not None:
+            object.__setattr__(self, "forget", self.forget.to(torch.int32).expand(self.input_ids.shape[0]))
 
     @classmethod
     def from_spans(
@@ -46,17 +50,22 @@ class SpanLayout:
         sentinels: Sentinels,
         *,
         pad_id: int = 0,
+        forget: int | None = None,
     ) -> "SpanLayout":
         """Bracket spans of original tokens: ``open_id`` before each, the slot ids after it; pad on the right.
 
         Args:
             input_ids: Ragged rows of original token ids.
-            spans: For each row half-open ranges ``(start, end)`` of original indices, in any order.
+            spans: For each row half-open ranges ``(start, end)`` of original indices, in any order. A third number,
+                ``close``, puts all sentinels of the span before the token of that index instead; until then the
+                tokens of the span stay visible.
             sentinels: Ids to insert.
             pad_id: Id of padding.
+            forget: Thousandths of the closed spans, oldest first, whose slots are gone.
 
         Raises:
-            ValueError: if spans overlap, are empty or leave their row, or if the rows do not match.
+            ValueError: if spans overlap, are empty, leave their row, or close before they end or in another order than
+                they start, or if the rows do not match.
         """
         if len(input_ids) != len(spans):
             raise ValueError(f"got {len(input_ids)} rows of tokens but spans of {len(spans)} rows")
@@ -66,7 +75,7 @@ class SpanLayout:
             torch.nn.utils.rnn.pad_sequence(parts, batch_first=True, padding_value=fill)
             for parts, fill in zip(zip(*rows, strict=True), fills, strict=True)
         ]
-        return cls(*padded)
+        return cls(*padded, None if forget is None else torch.full((len(rows),), forget))
 
     @classmethod
     def from_ids(cls, input_ids: Tensor, sentinels: Sentinels, *, attention_mask: Tensor | None = None) -> "SpanLayout":
@@ -87,9 +96,21 @@ class SpanLayout:
 
     @cached_property
     def position_ids(self) -> Tensor:
-        """``[B, S]`` int64: plain tokens count from 0, a sentinel copies the plain token before it, pads 0."""
-        plain = self.kind == PLAIN
-        return (plain.cumsum(1) - 1).clamp(min=0).masked_fill(self.kind == PAD, 0)
+        """``[B, S]`` int64: plain tokens count from 0, pads 0.
+
+        A sentinel copies the plain token before it: an opening one that before its span, a slot the last of its span.
+        """
+        plain, span = self.kind == PLAIN, self.span.long()
+        position = (plain.cumsum(1) - 1).clamp(min=0).masked_fill(self.kind == PAD, 0)
+        if not bool((span > 0).any()):
+            return position
+        last = position.new_full((span.shape[0], int(span.max()) + 1), -1)
+        last = last.scatter_reduce(1, span, torch.where(plain, position, -1), "amax")
+        first = torch.full_like(last, plain.shape[1])
+        first = first.scatter_reduce(1, span, torch.where(plain, position, plain.shape[1]), "amin")
+        before = torch.where(self.kind == OPEN, (first.gather(1, span) - 1).clamp(min=0), last.gather(1, span))
+        filled = (span > 0) & (last.gather(1, span) >= 0) & ((self.kind == OPEN) | (self.kind == SLOT))
+        return torch.where(filled, before, position)
 
     @cached_property
     def plain_index(self) -> Tensor:
@@ -135,6 +156,10 @@ class SpanLayout:
         return 1 - self.num_kept.double() / self.num_tokens.clamp(min=1)
 
     @cached_property
+    def _last_seen(self) -> Tensor:
+        return last_seen(self)
+
+    @cached_property
     def _last_column(self) -> Tensor:
         """``[B, S]``: last column of the span of each column; columns outside spans are their own."""
         column = torch.arange(self.span.shape[1], device=self.span.device).expand_as(self.span)
@@ -146,12 +171,15 @@ class SpanLayout:
     def needed(self, column: int) -> Tensor:
         """Return bool ``[B, S]``: entries up to `column`, itself included, that a later query may still see.
 
-        Slots stay for ever, plain tokens unless their span is closed, an opening sentinel until its span is closed.
+        Slots stay until they are forgotten, plain tokens until their span is closed, an opening sentinel likewise.
         """
         fed = torch.arange(self.kind.shape[1], device=self.kind.device) <= column
-        live = (self.span == 0) & (self.kind == PLAIN) | (self.kind == SLOT)
-        return fed & (live | (self._last_column > column))
+        live = ((self.kind == PLAIN) | (self.kind == SLOT)) & (self._last_seen > column)
+        waiting = (self.kind == OPEN) & (self._last_column > column)
+        unused = (self.kind == SLOT) & (self._last_column > column)
+        return fed & (live | waiting | unused)
 
     def to(self, device: torch.device | str) -> "SpanLayout":
         """Return the layout on a device."""
-        return SpanLayout(self.input_ids.to(device), self.kind.to(device), self.span.to(device))
+        forget = None if self.forget is None else self.forget.to(device)
+        return SpanLayout(self.input_ids.to(device), self.kind.to(device), self.span.to(device), forget)

@@ -11,27 +11,36 @@ from torch import Tensor
 from patches.rules_kinds import OPEN, PAD, PLAIN, SLOT
 from patches.sentinel.sentinels import Sentinels
 
-Span = tuple[int, int] | list[int]
-"""Half-open range of original indices."""
+Span = tuple[int, ...] | list[int]
+"""Half-open range of original indices; a third number says before which token it is closed, else at its end."""
 
 
 def place_row(ids: Tensor, spans: Sequence[Span], sentinels: Sentinels) -> tuple[Tensor, Tensor, Tensor]:
     """Insert sentinels around the spans of one row ``[T]``; returns ids, kind and span ``[S]``.
 
     Raises:
-        ValueError: if spans overlap, are empty or leave the row.
+        ValueError: if spans overlap, are empty, leave the row, or close before their end or out of order.
     """
     if ids.dim() != 1:
         raise ValueError(f"each row must be one-dimensional, got shape {list(ids.shape)}")
     ids, bounds = ids.cpu().long(), _sorted_bounds(spans, ids.shape[0])
-    starts, ends = bounds[:, 0].contiguous(), bounds[:, 1].contiguous()
+    starts, ends, closes = bounds.T.contiguous()
     slots, number = sentinels.slots, torch.arange(starts.shape[0])
     token = torch.arange(ids.shape[0])
     opened = torch.searchsorted(starts, token, right=True)
     closed = torch.searchsorted(ends, token, right=True)
-    plain_column = token + opened + slots * closed
-    open_column = starts + (1 + slots) * number
-    slot_column = (ends + number + 1 + slots * number)[:, None] + torch.arange(slots)
+    # A span that is closed late is opened then, too: nobody but its slots sees the opening sentinel.
+    opens = torch.where(closes > ends, closes, starts)
+
+    def column_of(index: Tensor) -> Tensor:
+        """The column of the original token of an index: behind all sentinels that stand before it."""
+        opens_before = torch.searchsorted(opens.sort().values, index, right=True)
+        return index + opens_before + slots * torch.searchsorted(closes, index, right=True)
+
+    plain_column = column_of(token)
+    earlier = (opens < closes[:, None]) | ((opens == closes[:, None]) & (number <= number[:, None]))
+    slot_column = (closes + earlier.sum(1) + slots * number)[:, None] + torch.arange(slots)
+    open_column = torch.where(closes > ends, slot_column[:, 0], column_of(starts)) - 1
     size = ids.shape[0] + (1 + slots) * starts.shape[0]
     row, kind, span = (torch.zeros(size, dtype=torch.long) for _ in range(3))
     row[plain_column], kind[plain_column] = ids, PLAIN
@@ -44,16 +53,21 @@ def place_row(ids: Tensor, spans: Sequence[Span], sentinels: Sentinels) -> tuple
 
 
 def _sorted_bounds(spans: Sequence[Span], num_tokens: int) -> Tensor:
-    """Return sorted, checked bounds ``[N, 2]``."""
-    ordered = sorted((int(start), int(end)) for start, end in spans)
-    previous = 0
-    for start, end in ordered:
+    """Return sorted, checked starts, ends and closes ``[N, 3]``."""
+    ordered = sorted((int(span[0]), int(span[1]), int(span[-1])) for span in spans)
+    previous = closed = 0
+    for start, end, close in ordered:
         if start >= end or start < 0 or end > num_tokens:
             raise ValueError(f"span ({start}, {end}) is empty or leaves its row of {num_tokens} tokens")
         if start < previous:
             raise ValueError(f"span ({start}, {end}) overlaps the span that ends at {previous}")
-        previous = end
-    return torch.tensor(ordered, dtype=torch.long).reshape(-1, 2)
+        if not max(end, closed) <= close <= num_tokens:
+            raise ValueError(
+                f"span ({start}, {end}) closes at {close}: a span closes at its end or later, not before the spans "
+                f"in front of it, and inside its row of {num_tokens} tokens"
+            )
+        previous, closed = end, close
+    return torch.tensor(ordered, dtype=torch.long).reshape(-1, 3)
 
 
 def parse_ids(input_ids: Tensor, sentinels: Sentinels, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:

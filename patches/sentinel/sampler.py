@@ -11,10 +11,13 @@ from typing import Literal, get_args
 from patches.sentinel.published_sampler import mark_words, published_spans
 from patches.sentinel.sampler_information import low_information
 from patches.sentinel.sampler_policies import Plan, boundary, fixed, largest_in_segments, uniform
+from patches.sentinel.sampler_recent import forgotten, recent
 
 __all__ = ["SpanSampler", "achieved_ratio", "mark_words", "max_compression_ratio", "sample_spans"]
 
-Policy = Literal["uniform", "fixed", "boundary", "low_information", "published"]
+Policy = Literal["uniform", "fixed", "boundary", "low_information", "published", "budget", "proportional"]
+# Spans of these are closed late, with a third number, and their slots may be forgotten.
+RECENT = ("budget", "proportional")
 
 
 def sample_spans(
@@ -31,7 +34,8 @@ def sample_spans(
     boundaries: Sequence[int] | None = None,
     scores: Sequence[float] | None = None,
     strict: bool = False,
-) -> list[tuple[int, int]]:
+    slot_share: float = 0.25,
+) -> list[tuple[int, ...]]:
     """Choose the spans of one row so that ``floor(compression_ratio * num_tokens + 0.5)`` entries are removed.
 
     Args:
@@ -43,15 +47,17 @@ def sample_spans(
         policy: "uniform": lengths uniform, places uniform. "fixed": fewest spans, evenly laid, not random.
             "boundary": spans start at segment starts. "low_information": spans cover the lowest scores. "published":
             the published sampler bit for bit, which does not reach its ratio; other options keep their defaults.
+            "budget", "proportional": spans of ``max_length`` tokens, oldest first, closed late; see `sampler_recent`.
         protect_head: First tokens that stay out of spans.
         protect_tail: Last tokens that stay out of spans.
         generator: Source of randomness.
         boundaries: Start indices of segments (sentences, lines); for "boundary" only.
         scores: One number for each token, such as its loss; for "low_information" only.
         strict: Raise instead of removing the closest number that spans can remove (the lower one on a tie).
+        slot_share: Part of the entries that "budget" and "proportional" leave to slots.
 
     Returns:
-        Sorted, disjoint, half-open spans.
+        Sorted, disjoint, half-open spans; with the token they are closed before where that is not their end.
 
     Raises:
         ValueError: on options that cannot be, or, with `strict`, a ratio that spans cannot reach.
@@ -74,6 +80,8 @@ def sample_spans(
         target=int(compression_ratio * num_tokens + 0.5),
         generator=generator,
     )
+    if policy in RECENT:
+        return _recent_spans(plan, policy, compression_ratio, slot_share)
     starts = _checked_boundaries(boundaries or (), num_tokens)
     spans = _exact_spans(plan, policy, starts, scores or (), num_tokens)
     removed = sum(end - start - slots for start, end in spans)
@@ -96,6 +104,16 @@ def _exact_spans(
     return uniform(plan) if policy == "uniform" else fixed(plan)
 
 
+def _recent_spans(plan: Plan, policy: Policy, compression_ratio: float, slot_share: float) -> list[tuple[int, ...]]:
+    left = plan.stop - plan.target
+    forget = forgotten(compression_ratio, length=plan.high, slots=plan.slots, slot_share=slot_share)
+
+    def budget(token: int) -> int:
+        return left if policy == "budget" or token == plan.stop else token - int(token * compression_ratio)
+
+    return [*recent(plan, budget, forget)]
+
+
 @dataclass(frozen=True)
 class SpanSampler:
     """Options of `sample_spans`, to be called with rows."""
@@ -106,10 +124,19 @@ class SpanSampler:
     policy: Policy = "uniform"
     protect_head: int = 0
     protect_tail: int = 0
+    slot_share: float = 0.25
 
     def __post_init__(self) -> None:
         protected = (self.protect_head, self.protect_tail)
         _check_options(self.compression_ratio, self.min_length, self.max_length, 1, self.policy, protected)
+        if not 0 < self.slot_share <= 1:
+            raise ValueError(f"slot_share is a part of the entries, in (0, 1], got {self.slot_share}")
+
+    def forget(self, slots: int) -> int | None:
+        """What a layout of its spans is to forget, in thousandths of the closed spans; see `SpanLayout.forget`."""
+        if self.policy not in RECENT:
+            return None
+        return forgotten(self.compression_ratio, length=self.max_length, slots=slots, slot_share=self.slot_share)
 
     def __call__(
         self,
@@ -119,7 +146,7 @@ class SpanSampler:
         generator: random.Random,
         boundaries: Sequence[int] | None = None,
         scores: Sequence[float] | None = None,
-    ) -> list[tuple[int, int]]:
+    ) -> list[tuple[int, ...]]:
         """Choose the spans of one row; see `sample_spans`."""
         return sample_spans(
             num_tokens,
@@ -133,12 +160,13 @@ class SpanSampler:
             generator=generator,
             boundaries=boundaries,
             scores=scores,
+            slot_share=self.slot_share,
         )
 
 
 def achieved_ratio(spans: Sequence[Sequence[int]], num_tokens: int, *, slots: int = 1) -> float:
     """Return the fraction of cache entries that closing these spans removes, net of kept slots."""
-    return sum(end - start - slots for start, end in spans) / num_tokens if num_tokens else 0.0
+    return sum(span[1] - span[0] - slots for span in spans) / num_tokens if num_tokens else 0.0
 
 
 def max_compression_ratio(

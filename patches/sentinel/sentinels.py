@@ -61,20 +61,22 @@ def add_sentinels(
     num_token_ids: int,
     *,
     slots: int = 1,
-    init: Literal["mean"] = "mean",
+    init: Literal["mean", "zero"] = "mean",
     pad_to_multiple_of: int = 64,
     seed: int = 0,
 ) -> Sentinels:
     """Give a model sentinel ids: spare rows of its embedding, or new ones.
 
-    The rows become the mean of the real rows plus noise of a tenth of their standard deviation, so that slots differ.
+    With ``init="mean"`` the rows become the mean of the real rows plus noise of a tenth of their standard deviation, so
+    that slots differ. With "zero" they are zero: behind a norm such a slot has no query, key or value of its own, so it
+    starts as the average of its span in the first layer, and an opening sentinel as nothing.
     Every other row keeps its bits. The tokenizer is not touched.
 
     Args:
         model: Model whose embedding is changed in place.
         num_token_ids: Ids that the tokenizer can produce, ``len(tokenizer)``; the sentinels come right after them.
         slots: K.
-        init: "mean", as above.
+        init: "mean" or "zero", as above.
         pad_to_multiple_of: If rows are missing, their number grows to the next multiple of this.
         seed: Seed of the noise; the global random state does not move.
 
@@ -83,8 +85,8 @@ def add_sentinels(
     """
     if slots < 1 or pad_to_multiple_of < 1:
         raise ValueError(f"slots and pad_to_multiple_of must be at least 1, got {slots} and {pad_to_multiple_of}")
-    if init != "mean":
-        raise ValueError(f"unknown init {init!r}, use 'mean'")
+    if init not in ("mean", "zero"):
+        raise ValueError(f"unknown init {init!r}, use 'mean' or 'zero'")
     num_rows = model.get_input_embeddings().weight.shape[0]
     if not 0 < num_token_ids <= num_rows:
         raise ValueError(
@@ -98,7 +100,8 @@ def add_sentinels(
         weight = model.get_input_embeddings().weight
         real = weight[:num_token_ids].float()
         noise = torch.randn(1 + slots, real.shape[1], generator=torch.Generator().manual_seed(seed)).to(real.device)
-        weight[num_token_ids:needed] = (real.mean(0) + 0.1 * real.std(0, correction=0) * noise).to(weight.dtype)
+        rows = real.mean(0) + 0.1 * real.std(0, correction=0) * noise
+        weight[num_token_ids:needed] = rows.to(weight.dtype) if init == "mean" else 0.0
     return sentinels
 
 
