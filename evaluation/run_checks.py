@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from evaluation.loading import has_position_table, max_positions
@@ -11,53 +12,72 @@ from evaluation.prompts import Prompt
 from patches.parallel_context import ParallelContext
 
 
-def check_fit(model: Any, patch: ParallelContext | None, prompts: Sequence[Prompt]) -> None:
-    """Refuse windows that are longer than what a model was made for; warn of one long context.
+def check_fit(model: Any, prompts: Sequence[Prompt]) -> None:
+    """Refuse windows that are longer than what a model was made for, and contexts beyond a table of positions.
 
     Raises:
-        ValueError: a window of a split context, or any context of a model with a table of positions, does not fit.
+        ValueError: with the number of tokens and what to do.
     """
     limit = max_positions(model.config)
     if limit is None:
         return
     for prompt in prompts:
         longest = max(map(len, prompt.pieces), default=0) + len(prompt.prefix)
-        if patch is not None and len(prompt.pieces) > 1 and longest > limit:
+        if len(prompt.pieces) > 1 and longest > limit:
             raise ValueError(
                 f"a window has {longest} tokens with its prefix, but the model was made for {limit}: "
                 f"set max_piece_tokens below {limit - len(prompt.prefix)}, or a higher degree"
             )
-        if len(prompt.tokens) > limit and len(prompt.pieces) <= 1:
-            sentence = f"a prompt of {len(prompt.tokens)} tokens is beyond the {limit} the model was made for"
-            if has_position_table(model.config):
-                raise ValueError(f"{sentence}: pass max_context_tokens and truncation=middle")
-            warnings.warn(f"{sentence}; its answers may be poor", stacklevel=4)
+        if len(prompt.pieces) <= 1 and len(prompt.tokens) > limit and has_position_table(model.config):
+            raise ValueError(
+                f"a prompt of {len(prompt.tokens)} tokens is beyond the {limit} positions of the model: "
+                "pass max_prompt_tokens and truncation=middle"
+            )
 
 
-def tell_idle(name: str, patch: ParallelContext | None, prompts: Sequence[tuple[int, int, int]]) -> None:
-    """Warn where contexts were too short for what a patch is to do.
+@dataclass(frozen=True)
+class Shape:
+    """Tokens of a prompt."""
 
-    Args:
-        name: what was asked.
-        patch: how the contexts were read.
-        prompts: of each the number of pieces, the tokens of the longest, the tokens of the context.
-    """
-    if patch is None or not prompts:
-        return
-    single = sum(count <= 1 for count, _, _ in prompts)
+    pieces: int
+    longest_piece: int
+    context: int
+    whole: int
+
+    @classmethod
+    def of(cls, prompt: Prompt) -> Shape:
+        """Measure a prompt."""
+        longest = max(map(len, prompt.pieces), default=0)
+        return cls(len(prompt.pieces), longest, prompt.num_context_tokens, len(prompt.tokens))
+
+
+def tell(name: str, model: Any, patch: ParallelContext | None, shapes: Sequence[Shape]) -> None:
+    """Warn of contexts too long for the model, and of those too short for what a patch is to do, once each."""
+    limit = max_positions(model.config)
+    beyond = [shape.whole for shape in shapes if limit is not None and shape.pieces <= 1 and shape.whole > limit]
+    sentences = []
+    if beyond:
+        sentences.append(
+            f"{len(beyond)} of {len(shapes)} prompts, up to {max(beyond)} tokens, are beyond the {limit} "
+            "that the model was made for"
+        )
+    if patch is not None:
+        sentences += _idle(patch, shapes)
+    for sentence in sentences:
+        warnings.warn(f"{name}: {sentence}", stacklevel=4)
+
+
+def _idle(patch: ParallelContext, shapes: Sequence[Shape]) -> list[str]:
+    sentences = []
+    single = sum(shape.pieces <= 1 for shape in shapes)
     if single and patch.degree != 1 and (patch.degree or patch.max_piece_tokens):
-        warnings.warn(
-            f"{name}: {single} of {len(prompts)} contexts are no longer than one piece: plain attention there",
-            stacklevel=4,
-        )
+        sentences.append(f"{single} of {len(shapes)} contexts are no longer than one piece: plain attention there")
     eviction = patch.eviction
-    if eviction is None or eviction.method == "streaming":
-        return
-    by_piece = eviction.stage == "piece"
-    longest = max(piece if by_piece else context for _, piece, context in prompts)
-    if eviction.capacity >= longest:
-        warnings.warn(
-            f"{name}: capacity {eviction.capacity} is not below the longest {'piece' if by_piece else 'context'} of "
-            f"{longest} tokens: nothing is evicted",
-            stacklevel=4,
-        )
+    if eviction is not None and eviction.method != "streaming":
+        kind = "piece" if eviction.stage == "piece" else "context"
+        longest = max(shape.longest_piece if kind == "piece" else shape.context for shape in shapes)
+        if eviction.capacity >= longest:
+            sentences.append(
+                f"capacity {eviction.capacity} is not below the longest {kind} of {longest} tokens: nothing is evicted"
+            )
+    return sentences

@@ -17,7 +17,7 @@ from evaluation.answering import Answer, Answerer, answerer
 from evaluation.parallel_journal import CellJournal
 from evaluation.peak_memory import PeakMemory
 from evaluation.prompts import Place, Prompt, PromptMaker, PromptOptions, Truncation, truncate
-from evaluation.run_checks import check_fit, tell_idle
+from evaluation.run_checks import Shape, check_fit, tell
 from evaluation.run_identity import run_identity
 from evaluation.tasks.base import Example, Task
 from patches.parallel_context import ParallelContext
@@ -128,15 +128,15 @@ def _answer(
     run: _Run, examples: Sequence[Example], indices: list[int], *, batch_size: int, journal: CellJournal
 ) -> None:
     """Answer examples, batch by batch, and write each down."""
-    shapes: list[tuple[int, int, int]] = []
+    shapes: list[Shape] = []
     with answerer(run.model, run.tokenizer, run.patch) as engine, PeakMemory() as memory:
         for batch in _batches(run, examples, indices, batch_size):
             prompts = [prompt for _, prompt in batch]
-            check_fit(run.model, run.patch, prompts)
-            shapes += [(len(p.pieces), max(map(len, p.pieces), default=0), p.num_context_tokens) for p in prompts]
+            check_fit(run.model, prompts)
+            shapes += map(Shape.of, prompts)
             for line in _answer_batch(run, engine, examples, batch):
                 journal.append(line | {"peak_bytes": memory.bytes()})
-    tell_idle(run.task.name, run.patch, shapes)
+    tell(run.task.name, run.model, run.patch, shapes)
 
 
 def _batches(

@@ -20,6 +20,7 @@ COLUMNS = (
     "length",
     "num_examples",
     "score",
+    "answer_nll",
     "seconds_per_example",
     "prefill_seconds_per_example",
     "peak_bytes",
@@ -53,10 +54,12 @@ def _row(label: str, length: int | None, metrics: Mapping[str, Any]) -> dict[str
     prefill = metrics["prefill_seconds"]
     return {
         "method": label,
-        "task": metrics["task"],
+        # Sets are compared, whosever prompts a method has.
+        "task": metrics["task"].replace("_parallelcomp/", "/"),
         "length": length,
         "num_examples": count,
         "score": 100 * metrics["score"],
+        "answer_nll": metrics["scores"].get("answer_nll"),
         "scores": metrics["scores"],
         "seconds_per_example": metrics["seconds"] / count,
         "prefill_seconds_per_example": None if prefill is None else prefill / count,
@@ -86,7 +89,7 @@ def score_table(rows: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]]
     return table, ["task", *(["length"] if with_length else []), *labels]
 
 
-COST_COLUMNS = ("method", "length", "score", "prefill_seconds", "seconds", "peak_mib")
+COST_COLUMNS = ("method", "length", "score", "answer_nll", "prefill_seconds", "seconds", "peak_mib")
 
 
 def cost_table(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -97,12 +100,14 @@ def cost_table(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     table = []
     for (label, length), members in sorted(groups.items()):
         prefill = [row["prefill_seconds_per_example"] for row in members]
+        forced = [row["answer_nll"] for row in members]
         peaks = [row["peak_bytes"] for row in members if row["peak_bytes"] is not None]
         table.append(
             {
                 "method": label,
                 "length": length or None,
                 "score": sum(row["score"] for row in members) / len(members),
+                "answer_nll": None if None in forced else sum(forced) / len(members),
                 "prefill_seconds": None if None in prefill else sum(prefill) / len(members),
                 "seconds": sum(row["seconds_per_example"] for row in members) / len(members),
                 "peak_mib": max(peaks) // 2**20 if peaks else None,

@@ -230,7 +230,7 @@ def test_windows_beyond_the_trained_length_are_refused(run):
     short = tiny_llama(32)
     with pytest.raises(ValueError, match="a window has 36 tokens with its prefix, but the model was made for 32"):
         run(ParallelContext(degree=2, prefix=None), examples=[example(0, 57)], model=short)
-    with pytest.warns(UserWarning, match="beyond the 32 the model was made for"):
+    with pytest.warns(UserWarning, match="1 of 1 prompts, up to 50 tokens, are beyond the 32"):
         run(folder="long", examples=EXAMPLES[:1], model=short)
 
 
