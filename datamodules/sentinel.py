@@ -6,18 +6,23 @@ number. All methods read the same blocks in the same order.
 
 from __future__ import annotations
 
+import dataclasses
+import random
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+from torch import Tensor
 
 from datamodules.corpus import TokenCorpus, open_split
 from datamodules.loading import PlainStateLoader, Share, make_loader
 from datamodules.scored_batches import SequencePlan
 from datamodules.sentinel_blocks import BlockBatches, Blocks, PlainCollator, SentinelCollator
+from datamodules.span_hints import SpanHints, hinted_spans
 from patches.compressed_rows import METHODS, Method
-from patches.sentinel.sampler import SpanSampler, max_compression_ratio
+from patches.sentinel.sampler import RECENT, SpanSampler, max_compression_ratio
 from patches.sentinel.sentinels import Sentinels
 
 DEFAULT_SAMPLER = SpanSampler()
@@ -42,6 +47,10 @@ class SentinelTextDataModule(pl.LightningDataModule):
         accumulate_grad_batches: micro-batches of an optimiser step, as the trainer has it.
         seed: of order and spans.
         resample: draw new spans every epoch.
+        span_scores: of ``sampler.policy=low_information``: ``unigram``, or a folder with ``<split>.npy``, a number for
+            each token of a split.
+        ratios: compression ratios that the micro-batches of training take in turn, which then hold their number as
+            ``ratio_index``; none: always that of the sampler.
         max_eval_blocks: validate on the first so many blocks.
         train_split: folder of the training corpus.
         validation_split: folder of the validation corpus.
@@ -65,6 +74,8 @@ class SentinelTextDataModule(pl.LightningDataModule):
         accumulate_grad_batches: int = 1,
         seed: int = 0,
         resample: bool = True,
+        span_scores: str | None = None,
+        ratios: Sequence[float] = (),
         max_eval_blocks: int | None = None,
         train_split: str = "train",
         validation_split: str = "validation",
@@ -76,7 +87,8 @@ class SentinelTextDataModule(pl.LightningDataModule):
         self.sentinels, self.method, self.sampler = sentinels, method, sampler
         self.context_length, self.batch_size = context_length, batch_size
         self.max_steps, self.accumulate, self.seed = max_steps, accumulate_grad_batches, seed
-        self.resample, self.max_eval_blocks = resample, max_eval_blocks
+        self.resample, self.ratios, self.max_eval_blocks = resample, tuple(ratios), max_eval_blocks
+        self.span_scores = span_scores
         self.num_workers, self.pin_memory = num_workers, pin_memory
         self.start_step = 0
         self._check_options()
@@ -100,20 +112,27 @@ class SentinelTextDataModule(pl.LightningDataModule):
             return
         if self.sentinels is None:
             raise ValueError("method='sentinel' needs sentinels: pass what add_sentinels returned")
-        SentinelCollator(self.sentinels, self.sampler)
-        options = self.sampler
+        for sampler in self._samplers():
+            self._check_reach(sampler, self.sentinels)
+
+    def _check_reach(self, options: SpanSampler, sentinels: Sentinels) -> None:
+        self.hints(self.train_split)  # refuses what does not go together
+        if options.policy == "published":  # which misses its ratio, but refuses options that it does not have
+            options(self.context_length, slots=sentinels.slots, generator=random.Random(0))
+        if options.policy in ("published", *RECENT):
+            return
         reached = max_compression_ratio(
             self.context_length,
             min_length=options.min_length,
             max_length=options.max_length,
-            slots=self.sentinels.slots,
+            slots=sentinels.slots,
             protect_head=options.protect_head,
             protect_tail=options.protect_tail,
         )
         if int(options.compression_ratio * self.context_length + 0.5) > round(reached * self.context_length):
             raise ValueError(
                 f"compression_ratio={options.compression_ratio} is out of reach: spans of {options.min_length} to "
-                f"{options.max_length} tokens with {self.sentinels.slots} slots in blocks of {self.context_length} "
+                f"{options.max_length} tokens with {sentinels.slots} slots in blocks of {self.context_length} "
                 f"remove at most {reached:.4f}; lower it, or raise sampler.max_length"
             )
 
@@ -197,20 +216,38 @@ class SentinelTextDataModule(pl.LightningDataModule):
             endless=True,
         )
         length = self.max_steps * self.accumulate
-        dataset = BlockBatches(self.train_blocks, plan, self.collator(resample=self.resample), length=length)
+        collates = [self.collator(sampler, self.train_split, resample=self.resample) for sampler in self._samplers()]
+        dataset = BlockBatches(self.train_blocks, plan, *collates, length=length)
         return self._loader(dataset, start=min(self.start_step * self.accumulate, length))
 
     def val_dataloader(self) -> PlainStateLoader:
         """The validation blocks in order, each once over all ranks; their spans are always the same."""
         plan = SequencePlan(len(self.validation_blocks), self.batch_size, share=self._share())
-        return self._loader(BlockBatches(self.validation_blocks, plan, self.collator(resample=False)))
+        collate = self.collator(self.sampler, self.validation_split, resample=False)
+        return self._loader(BlockBatches(self.validation_blocks, plan, collate))
 
-    def collator(self, *, resample: bool) -> SentinelCollator | PlainCollator:
+    def _samplers(self) -> list[SpanSampler]:
+        """The samplers that micro-batches of training take in turn."""
+        mixed = [dataclasses.replace(self.sampler, compression_ratio=ratio) for ratio in self.ratios]
+        return mixed or [self.sampler]
+
+    def hints(self, split: str) -> SpanHints:
+        """What the policy of the sampler may ask of the blocks of a split."""
+        scores, train = self.span_scores, self.train_split
+        return SpanHints(self.path, split, policy=self.sampler.policy, scores=scores, train_split=train)
+
+    def spans_to_score(self, blocks: Sequence[Tensor], sampler: SpanSampler, split: str, *, seed: int = 0) -> Any:
+        """Return the spans of the first blocks of a split; None if the sampler needs nothing but their length."""
+        slots = 1 if self.sentinels is None else self.sentinels.slots
+        return hinted_spans(blocks, sampler, self.hints(split), slots=slots, seed=seed)
+
+    def collator(self, sampler: SpanSampler, split: str, *, resample: bool) -> SentinelCollator | PlainCollator:
         """What makes a batch of blocks for the method."""
         if self.method == "sentinel":
             assert self.sentinels is not None
-            return SentinelCollator(self.sentinels, self.sampler, seed=self.seed, resample=resample)
-        return PlainCollator(self.method, self.sampler.compression_ratio, seed=self.seed, resample=resample)
+            hints = self.hints(split)
+            return SentinelCollator(self.sentinels, sampler, seed=self.seed, resample=resample, hints=hints)
+        return PlainCollator(self.method, sampler.compression_ratio, seed=self.seed, resample=resample)
 
     def state_dict(self) -> dict[str, Any]:
         """Say where the data stands, and which data it is."""

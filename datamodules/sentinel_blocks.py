@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from datamodules.scored_batches import SequencePlan
+from datamodules.span_hints import NEEDED, Hints
 from patches.compressed_rows import Method
 from patches.rules import scattered_keep
 from patches.sentinel.layout import SpanLayout
@@ -72,14 +73,24 @@ class SentinelCollator:
 
     Args:
         sentinels: ids to insert.
-        sampler: chooses the spans of a block; one that needs boundaries or scores cannot be used here.
+        sampler: chooses the spans of a block.
         seed: of the spans.
         resample: draw new spans every epoch; False keeps those of epoch 0.
+        hints: what the sampler's policy wants to know of a block, see `datamodules.span_hints`.
     """
 
-    def __init__(self, sentinels: Sentinels, sampler: SpanSampler, *, seed: int = 0, resample: bool = True):
-        if sampler.policy not in ("uniform", "fixed"):
-            raise ValueError(f"blocks of tokens take the policies uniform and fixed, got {sampler.policy!r}")
+    def __init__(
+        self,
+        sentinels: Sentinels,
+        sampler: SpanSampler,
+        *,
+        seed: int = 0,
+        resample: bool = True,
+        hints: Hints | None = None,
+    ):
+        if sampler.policy in NEEDED and hints is None:
+            raise ValueError(f"policy {sampler.policy!r} needs hints: pass datamodules.span_hints.SpanHints")
+        self.hints = hints
         self.sentinels, self.sampler, self.seed, self.resample = sentinels, sampler, seed, resample
         self.epoch = 0
 
@@ -88,21 +99,26 @@ class SentinelCollator:
         self.epoch = epoch
 
     def __call__(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """Return ``input_ids`` int64, ``kind`` int8 and ``span`` int32 ``[B, S]``, right-padded.
+        """Return ``input_ids`` int64, ``kind`` int8 and ``span`` int32 ``[B, S]``, right-padded; ``forget`` ``[B]``.
 
         Args:
             items: each with ``input_ids`` [T], ``index`` and, in a batch over the seam of two epochs, ``epoch``.
         """
         rows = [torch.as_tensor(item["input_ids"]) for item in items]
         spans = [
-            self.sampler(len(row), slots=self.sentinels.slots, generator=self._draw(item))
+            self.sampler(len(row), slots=self.sentinels.slots, generator=self._draw(item), **self._hints(row, item))
             for row, item in zip(rows, items, strict=True)
         ]
-        layout = SpanLayout.from_spans(rows, spans, self.sentinels)
-        return {"input_ids": layout.input_ids, "kind": layout.kind, "span": layout.span}
+        forget = self.sampler.forget(self.sentinels.slots)
+        layout = SpanLayout.from_spans(rows, spans, self.sentinels, forget=forget)
+        batch = {"input_ids": layout.input_ids, "kind": layout.kind, "span": layout.span}
+        return batch if layout.forget is None else batch | {"forget": layout.forget}
 
     def _draw(self, item: Mapping[str, Any]) -> random.Random:
         return drawer(self.seed, int(item.get("epoch", self.epoch)) if self.resample else 0, int(item["index"]))
+
+    def _hints(self, ids: Tensor, item: Mapping[str, Any]) -> dict[str, Any]:
+        return {} if self.hints is None else {**self.hints(ids, int(item["index"]))}
 
 
 class PlainCollator:
@@ -136,13 +152,14 @@ class BlockBatches(Dataset[dict[str, Tensor]]):
     Args:
         blocks: what to read.
         plan: who reads what when.
-        collate: makes a batch of items with ``input_ids``, ``index`` and ``epoch``.
+        collates: make a batch of items with ``input_ids``, ``index`` and ``epoch``; micro-batches take them in turn,
+            and say which as ``ratio_index`` if there are several.
         length: micro-batches of a run, with their ``num_step_targets``; None: one pass over the blocks, for validation,
             ``scored`` being False where a rank repeats a block because fewer than ranks were left.
     """
 
-    def __init__(self, blocks: Blocks, plan: SequencePlan, collate: Any, *, length: int | None = None):
-        self.blocks, self.plan, self.collate, self.length = blocks, plan, collate, length
+    def __init__(self, blocks: Blocks, plan: SequencePlan, *collates: Any, length: int | None = None):
+        self.blocks, self.plan, self.collates, self.length = blocks, plan, collates, length
 
     def __len__(self) -> int:
         return self.plan.num_micro_batches if self.length is None else self.length
@@ -158,7 +175,11 @@ class BlockBatches(Dataset[dict[str, Tensor]]):
             for index, epoch in zip(indices, mine, strict=False)
         ]
         # Ranks that share a model must call it equally often.
-        batch: dict[str, Tensor] = self.collate(items or [{"input_ids": self.blocks[0], "index": 0, "epoch": 0}])
+        turn = number % len(self.collates)
+        collate = self.collates[turn]
+        batch: dict[str, Tensor] = collate(items or [{"input_ids": self.blocks[0], "index": 0, "epoch": 0}])
+        if len(self.collates) > 1:
+            batch["ratio_index"] = torch.tensor(turn)
         if self.length is None:
             batch["scored"] = torch.tensor(bool(items))
         else:

@@ -50,10 +50,10 @@ class Rows:
             assert self.sentinels is not None
             slots, size = self.sentinels.slots, ids.shape[1]
             if self.spans is not None:
-                chosen = self.spans[first : first + len(ids)]
-            else:
-                chosen = [self.sampler(size, slots=slots, generator=draw) for draw in draws]
-            return SpanLayout.from_spans(ids, chosen, self.sentinels), None
+                return SpanLayout.from_spans(ids, self.spans[first : first + len(ids)], self.sentinels), None
+            chosen = [self.sampler(size, slots=slots, generator=draw) for draw in draws]
+            forget = self.sampler.forget(slots) if isinstance(self.sampler, SpanSampler) else None
+            return SpanLayout.from_spans(ids, chosen, self.sentinels, forget=forget), None
         if compression.method == "scattered":
             ratio = compression.compression_ratio
             keep = [scattered_keep(1, ids.shape[1], ratio, generator=draw) for draw in draws]

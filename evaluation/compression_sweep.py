@@ -65,6 +65,12 @@ class Cells(Protocol):
     def sampler(self, compression_ratio: float) -> Sampler:
         """What chooses spans at a ratio."""
 
+    def check(self, method: Method, compression_ratio: float) -> None:
+        """Refuse a cell that cannot be."""
+
+    def spans(self, blocks: Sequence[Tensor], compression_ratio: float, seed: int) -> Any:
+        """The spans of the blocks, where they depend on more than their length; else None."""
+
     def identity(self) -> dict[str, Any]:
         """Plain values that all numbers depend on."""
 
@@ -136,6 +142,7 @@ class CompressionSweep:
         plan = self.plan()
         for method, ratio, _ in plan:
             compression_of(method, ratio, len(blocks[0]), num_sinks=self.cells.num_sinks)
+            self.cells.check(method, ratio)
         rows = [self._cell(output / "cells", cell, identity, blocks) for cell in plan]
         metrics = {"task": "compression_sweep", "protocol": identity, "results": rows}
         write_json(output / "metrics.json", metrics)
@@ -185,6 +192,7 @@ class CompressionSweep:
             compression_ratio=true_ratio,
             sentinels=self.cells.sentinels,
             sampler=self.cells.sampler(true_ratio),
+            spans=self.cells.spans(blocks, true_ratio, seed) if method == "sentinel" else None,
             seed=seed,
             batch_size=self.batch_size,
             num_sinks=self.cells.num_sinks,

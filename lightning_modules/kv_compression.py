@@ -5,7 +5,7 @@ Letters: B batch, T original tokens, S columns of a row with sentinels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -49,6 +49,9 @@ class KVCompressionLM(SummedLossModule):
         distillation_temperature: of both distributions in it.
         num_sinks: first tokens that ``streaming`` keeps.
         window_size: keys that ``streaming`` keeps besides.
+        row_init: what the sentinels' input rows start as, see `add_sentinels`.
+        train_rows: train these rows besides the adapters; frozen rows are not in the adapter's file.
+        mixture: what micro-batches that hold a ``ratio_index`` use instead, see `datamodules.sentinel`.
         exclude_sentinel_logits: take the sentinels out of every predicted distribution.
         published_labels: targets as published, which may be sentinels, see `SpanLayout.published_labels`.
         learning_rate: its peak; it falls linearly to 0 over ``max_steps``, or stays.
@@ -76,6 +79,9 @@ class KVCompressionLM(SummedLossModule):
         distillation_temperature: float = 1.0,
         num_sinks: int = 4,
         window_size: int | None = None,
+        row_init: Literal["mean", "zero"] = "mean",
+        train_rows: bool = True,
+        mixture: Sequence[Compression] = (),
         exclude_sentinel_logits: bool = True,
         published_labels: bool = False,
         learning_rate: float = 5e-5,
@@ -88,7 +94,12 @@ class KVCompressionLM(SummedLossModule):
         schedule: Literal["linear", "constant"] = "constant" if max_steps is None else "linear"
         super().__init__(
             lambda: build_compressed_model(
-                model, sentinels=sentinels, lora=lora, train_rows=method == "sentinel", seed=seed
+                model,
+                sentinels=sentinels,
+                lora=lora,
+                train_rows=train_rows and method == "sentinel",
+                seed=seed,
+                row_init=row_init,
             ),
             optimization=Optimization(
                 lr=learning_rate,
@@ -103,6 +114,7 @@ class KVCompressionLM(SummedLossModule):
             gradient_checkpointing=gradient_checkpointing,
         )
         self.compression = Compression(method, compression_ratio, num_sinks, window_size)
+        self.mixture = tuple(mixture)
         self.sentinels, self.training_mode, self.chunk_size = sentinels, training_mode, chunk_size
         self.distillation_weight, self.temperature = distillation_weight, distillation_temperature
         self.exclude = sentinels if exclude_sentinel_logits else None
@@ -163,7 +175,7 @@ class KVCompressionLM(SummedLossModule):
         if self.compression.method != "sentinel":
             layout = plain_rows(batch["input_ids"], batch.get("attention_mask"))
         elif "kind" in batch and "span" in batch:
-            layout = SpanLayout(batch["input_ids"], batch["kind"], batch["span"])
+            layout = SpanLayout(batch["input_ids"], batch["kind"], batch["span"], batch.get("forget"))
         else:
             raise ValueError("method='sentinel' needs kind and span in the batch: use datamodules.sentinel")
         if self.published_labels:
@@ -178,7 +190,8 @@ class KVCompressionLM(SummedLossModule):
             if documents is not None:
                 raise ValueError("training_mode='recurrent' keeps no documents apart: leave document_ids out")
             return recurrent_forward(self.model, layout, chunk_size=self.chunk_size)[0]
-        rule = self.compression.rule(layout, keep=batch.get("keep"), document_ids=documents)
+        compression = self.mixture[int(batch["ratio_index"])] if "ratio_index" in batch else self.compression
+        rule = compression.rule(layout, keep=batch.get("keep"), document_ids=documents)
         return forward_under(self.model, layout, rule)
 
     @torch.no_grad()

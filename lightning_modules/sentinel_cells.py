@@ -7,19 +7,21 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
+from torch import Tensor
 
 from datamodules.corpus import TokenCorpus, open_split
 from datamodules.sentinel import SentinelTextDataModule
 from datamodules.sentinel_blocks import Blocks
 from evaluation.compression_perplexity import compression_of
-from evaluation.results import model_identity
+from evaluation.results import digest, model_identity
 from lightning_modules.kv_compression import KVCompressionLM
+from lightning_modules.learnt_parameters import LearntParameters
 from lightning_modules.published_cells import PublishedText
 from patches.compressed_rows import Method
 from patches.sentinel.sampler import SpanSampler
@@ -41,6 +43,9 @@ class CellTrainer:
         max_eval_blocks: score only the first so many blocks.
         protocol: as the sweep has it; ``published`` trains and scores marked text.
         text: for ``published``, a function of ``split`` that returns the rows of the corpus' text.
+        shared_ratios: train one model for each method and seed, on these ratios in turn, and score it at every ratio;
+            none: each cell trains its own.
+        models: folder of what those models have learnt, for a sweep that goes on in another process.
 
     Raises:
         ValueError: the published protocol without text.
@@ -60,7 +65,13 @@ class CellTrainer:
         max_eval_blocks: int | None = None,
         protocol: Literal["exact", "published"] = "exact",
         text: Callable[..., list[str]] | None = None,
+        shared_ratios: Sequence[float] = (),
+        models: str | None = None,
     ):
+        if shared_ratios and protocol == "published":
+            raise ValueError("shared_ratios belong to protocol=exact: the published one trains a model for each ratio")
+        self.shared_ratios, self.models = tuple(shared_ratios), None if models is None else Path(models)
+        self._shared: dict[tuple[str, int], Any] = {}
         self.protocol, self._text = protocol, text
         self.module, self.data, self.trainer = module, data, trainer
         self._corpus, self.eval_split, self.max_eval_blocks = corpus, eval_split, max_eval_blocks
@@ -102,16 +113,68 @@ class CellTrainer:
         """What chooses spans at a ratio."""
         return dataclasses.replace(self.base_sampler, compression_ratio=compression_ratio)
 
+    def spans(self, blocks: Sequence[Tensor], compression_ratio: float, seed: int) -> Any:
+        """The spans of the blocks to score; None if the sampler chooses them by length alone."""
+        sampler = self.sampler(compression_ratio)
+        data = self.data(path=self.corpus, method="dense", sampler=sampler)
+        return data.spans_to_score(blocks, sampler, self.eval_split, seed=seed)
+
+    def check(self, method: Method, compression_ratio: float) -> None:
+        """Refuse a cell whose spans cannot reach its ratio, before any other is trained.
+
+        Raises:
+            ValueError: with the ratio that can be reached.
+        """
+        if self.protocol == "exact":
+            self.data(path=self.corpus, method=method, sampler=self.sampler(compression_ratio))
+
     def identity(self) -> dict[str, Any]:
         """All that the numbers of a cell depend on besides its method, ratio and seed."""
         parts = {"module": self.module, "data": self.data, "trainer": self.trainer, "sampler": self.base_sampler}
         described = {name: described_option(part) for name, part in parts.items()}
         evaluated = {"split": self.eval_split, "corpus": self.eval_corpus.identity, "max_blocks": self.max_eval_blocks}
         published = {} if self.protocol == "exact" else {"published_text": self.text.identity()}
-        return described | {"evaluation": evaluated} | published
+        shared = {"shared_ratios": list(self.shared_ratios)} if self.shared_ratios else {}
+        return described | {"evaluation": evaluated} | published | shared
 
     def train(self, method: Method, compression_ratio: float, seed: int) -> Any:
-        """Train a cell; return its model."""
+        """Train a cell, or the model that it shares with the cells of other ratios; return its model."""
+        if not self.shared_ratios or method == "dense":
+            return self._train(method, compression_ratio, seed)
+        if (method, seed) not in self._shared:
+            self._shared[method, seed] = self._train_shared(method, seed)
+        return self._shared[method, seed]
+
+    def _train_shared(self, method: Method, seed: int) -> Any:
+        """Train a model on all ratios in turn, or read what it has learnt."""
+        data = self.data(
+            path=self.corpus,
+            method=method,
+            sampler=self.sampler(self.shared_ratios[0]),
+            ratios=self.shared_ratios,
+            seed=seed,
+        )
+        mixture = [
+            compression_of(method, ratio, data.context_length, num_sinks=self.num_sinks) for ratio in self.shared_ratios
+        ]
+        module = self.module(
+            method=method,
+            compression_ratio=mixture[0].compression_ratio,
+            window_size=mixture[0].window_size,
+            num_sinks=self.num_sinks,
+            mixture=mixture,
+            seed=seed,
+        )
+        if self.models is None:
+            return self._fit(module, data)
+        file = self.models / f"{method}_{seed}.safetensors"
+        learnt = LearntParameters(file, digest(self.identity()))
+        if file.is_file():
+            module.configure_model()
+            return learnt.load(module.model)
+        return learnt.save(self._fit(module, data))
+
+    def _train(self, method: Method, compression_ratio: float, seed: int) -> Any:
         data: pl.LightningDataModule
         options: dict[str, Any] = {"method": method, "compression_ratio": compression_ratio, "seed": seed}
         if self.protocol == "published":
@@ -122,7 +185,10 @@ class CellTrainer:
             length = data.context_length
             window = compression_of(method, compression_ratio, length, num_sinks=self.num_sinks).window_size
             options |= {"window_size": window, "num_sinks": self.num_sinks}
-        module = self.module(**options)
+        return self._fit(self.module(**options), data)
+
+    def _fit(self, module: KVCompressionLM, data: pl.LightningDataModule) -> Any:
+        """Train a module; the random state of the caller stays where it was."""
         trainer = self.trainer(logger=False, enable_checkpointing=False, enable_progress_bar=False, limit_val_batches=0)
         with torch.random.fork_rng():
             trainer.fit(module, datamodule=data)

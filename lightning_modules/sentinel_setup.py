@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from transformers import PreTrainedModel
 
@@ -38,6 +38,7 @@ def build_compressed_model(
     lora: Mapping[str, Any] | None,
     train_rows: bool,
     seed: int,
+    row_init: Literal["mean", "zero"] = "mean",
 ) -> Any:
     """Return the model to train.
 
@@ -50,6 +51,7 @@ def build_compressed_model(
         lora: options of ``peft.LoraConfig``; None trains the whole model.
         train_rows: train the input rows of the sentinels besides the adapters.
         seed: of the new rows.
+        row_init: what they start as, see `add_sentinels`.
 
     Raises:
         ValueError: the ids do not follow those of the model, a row is missing, or PEFT refuses the options.
@@ -59,7 +61,7 @@ def build_compressed_model(
     if sentinels is not None:
         has_rows = isinstance(model, PreTrainedModel) or (isinstance(model, str) and _saved(model) == sentinels)
         if not has_rows:
-            add_sentinels(built, sentinels.open_id, slots=sentinels.slots, seed=seed)
+            add_sentinels(built, sentinels.open_id, slots=sentinels.slots, init=row_init, seed=seed)
         num_rows = built.get_input_embeddings().weight.shape[0]
         if max(sentinels.ids) >= num_rows:
             raise ValueError(f"{sentinels} lie beyond the {num_rows} rows of the embedding: call add_sentinels first")

@@ -1,6 +1,7 @@
 """Blocks and what is drawn for them: every token once, the same for every method, independent of how it is batched."""
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -46,6 +47,21 @@ def test_rows_hold_their_block_and_reach_the_ratio():
     assert [batch[name].dtype for name in ("input_ids", "kind", "span")] == [torch.int64, torch.int8, torch.int32]
     assert torch.equal(plain(batch), torch.stack([item["input_ids"] for item in items(0, 1, 2)]))
     assert layout.achieved_ratio.tolist() == pytest.approx([0.6] * 3)
+
+
+def test_micro_batches_take_ratios_in_turn(tiny_corpus):
+    sampler = SpanSampler(policy="budget", max_length=8, protect_head=1)
+    data = make(tiny_corpus, sampler=sampler, ratios=[0.25, 0.75], max_steps=3, batch_size=2)
+    batches = list(data.train_dataloader())
+    assert [int(batch["ratio_index"]) for batch in batches] == [0, 1, 0]
+    fields = ("input_ids", "kind", "span")
+    for batch, ratio in zip(batches, [0.25, 0.75, 0.25], strict=True):
+        layout = SpanLayout(*(batch[name] for name in fields), batch["forget"])
+        assert layout.achieved_ratio.tolist() == [ratio] * 2
+        assert layout.forget.tolist() == [replace(sampler, compression_ratio=ratio).forget(1)] * 2
+    assert "ratio_index" not in next(iter(data.val_dataloader()))
+    baseline = make(tiny_corpus, method="scattered", ratios=[0.25, 0.75], max_steps=2)
+    assert [batch["keep"].float().mean().item() for batch in baseline.train_dataloader()] == [0.75, 0.25]
 
 
 def test_spans_depend_on_seed_epoch_and_block_only():
@@ -157,7 +173,6 @@ def test_epochs_draw_new_spans_over_their_seam():
         ({"method": "global"}, "unknown method"),
         ({"sentinels": None}, "needs sentinels"),
         ({"sampler": SpanSampler(0.9, max_length=4)}, r"remove at most 0.7500; lower it, or raise sampler.max_length"),
-        ({"sampler": SpanSampler(0.5, policy="boundary")}, "uniform and fixed, got 'boundary'"),
         ({"context_length": 10**6}, "fewer than one block"),
     ],
 )

@@ -26,6 +26,13 @@ class FakeCells:
     def sampler(self, compression_ratio):
         return SpanSampler(compression_ratio)
 
+    def spans(self, blocks, compression_ratio, seed):
+        return None
+
+    def check(self, method, compression_ratio):
+        if compression_ratio > 0.96:
+            raise ValueError("out of reach")
+
     def identity(self):
         return {"text": self.text}
 
@@ -91,6 +98,13 @@ def test_an_impossible_ratio_is_refused_before_anything_is_trained(tmp_path):
     cells = FakeCells()
     with pytest.raises(ValueError, match="leaves no window"):
         sweep(cells, methods=["streaming"], ratios=[0.0, 0.95]).run(tmp_path)
+    assert not cells.trained
+
+
+def test_a_cell_that_cannot_be_is_refused_before_anything_is_trained(tmp_path):
+    cells = FakeCells()
+    with pytest.raises(ValueError, match="out of reach"):
+        sweep(cells, ratios=[0.0, 0.97]).run(tmp_path)
     assert not cells.trained
 
 

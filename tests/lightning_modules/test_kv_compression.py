@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, MptConfig
 
 from lightning_modules.kv_compression import KVCompressionLM
 from lightning_modules.sentinel_setup import attention_projections
+from patches.compressed_rows import Compression
 from patches.rules import dense_mask, sentinel
 from patches.sentinel import PLAIN, Sentinels, SpanLayout, add_sentinels, suppress
 
@@ -54,6 +55,29 @@ def test_the_loss_at_the_start_is_that_of_the_base_model_under_the_rule(family):
     assert count == len(targets) == 19 + 16
     assert loss_sum.item() == pytest.approx(wanted.item(), rel=1e-5)
     assert metrics["nll_sum"].item() == pytest.approx(wanted.item(), rel=1e-5)
+
+
+def test_a_mixture_is_the_method_at_the_ratio_of_the_batch():
+    mixture = [Compression("local", 0.3), Compression("local", 0.6)]
+    module = make(method="local", compression_ratio=0.9, mixture=mixture)
+    for number, part in enumerate(mixture):
+        wanted = make(method="local", compression_ratio=part.compression_ratio).loss(plain_batch())[0]
+        assert torch.equal(module.loss(plain_batch(ratio_index=torch.tensor(number)))[0], wanted)
+    assert torch.equal(
+        module.loss(plain_batch())[0], make(method="local", compression_ratio=0.9).loss(plain_batch())[0]
+    )
+
+
+def test_zero_rows_stay_zero_where_they_are_not_trained():
+    module = make(tiny_model, row_init="zero", train_rows=False)
+    module.configure_model()
+    rows_of = module.model.get_input_embeddings().weight[list(SENTINELS.ids)]
+    assert not bool(rows_of.any())
+    assert not rows_of.requires_grad
+    late = SpanLayout.from_spans(rows(), [[(2, 9, 12)], [(0, 4, 9), (4, 8, 15)]], SENTINELS, forget=500)
+    given = {"input_ids": late.input_ids, "kind": late.kind, "span": late.span, "forget": late.forget}
+    kept = module.loss({name: given[name] for name in ("input_ids", "kind", "span")})[0]
+    assert module.loss(given)[0] != kept
 
 
 @pytest.mark.parametrize("method", BASELINES)

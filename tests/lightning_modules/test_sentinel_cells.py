@@ -42,6 +42,29 @@ def test_a_cell_is_trained_the_same_way_twice_and_leaves_the_random_state(method
     assert any(not torch.equal(one[name], other[name]) for name in one)
 
 
+def test_cells_of_a_method_share_a_model_that_a_later_sweep_reads(tiny_corpus, tmp_path):
+    options = {"shared_ratios": [0.5, 0.2], "models": str(tmp_path / "models")}
+    first = cells(tiny_corpus, **options)
+    model = first.train("local", 0.5, 1)
+    assert first.train("local", 0.2, 1) is model
+    assert first.train("local", 0.5, 2) is not model
+    assert [file.name for file in sorted((tmp_path / "models").iterdir())] == [
+        "local_1.safetensors",
+        "local_2.safetensors",
+    ]
+    (tmp_path / "models" / "local_2.safetensors").unlink()
+    again = cells(tiny_corpus, **options)
+    read, wanted = again.train("local", 0.2, 1).state_dict(), model.state_dict()
+    assert any("lora_B" in name and value.abs().max() > 0 for name, value in wanted.items())
+    assert all(torch.equal(read[name], wanted[name]) for name in wanted)
+    assert not (tmp_path / "models" / "local_2.safetensors").is_file()
+    with pytest.raises(ValueError, match="made with other options"):
+        cells(tiny_corpus, **options, max_eval_blocks=2).train("local", 0.5, 1)
+    first.train("dense", 0.0, 1)
+    assert not (tmp_path / "models" / "dense_1.safetensors").is_file()
+    assert first.identity() != cells(tiny_corpus).identity()
+
+
 def test_identity_names_what_matters(tiny_corpus):
     base = cells(tiny_corpus)
     assert base.identity() == cells(tiny_corpus).identity()
@@ -49,6 +72,14 @@ def test_identity_names_what_matters(tiny_corpus):
         assert cells(tiny_corpus, **change).identity() != base.identity()
     assert len(cells(tiny_corpus, max_eval_blocks=2).blocks()) == 2
     assert cells(lambda: tiny_corpus).identity() == base.identity()
+
+
+def test_ratios_out_of_reach_are_refused_with_the_one_in_reach(tiny_corpus):
+    found = cells(tiny_corpus)
+    found.check("sentinel", 0.9)
+    found.check("local", 0.99)
+    with pytest.raises(ValueError, match=r"remove at most 0\.9375; lower it, or raise sampler\.max_length"):
+        found.check("sentinel", 0.97)
 
 
 def test_a_model_folder_is_described_by_its_content(tmp_path):
