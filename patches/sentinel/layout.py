@@ -75,7 +75,8 @@ class SpanLayout:
             torch.nn.utils.rnn.pad_sequence(parts, batch_first=True, padding_value=fill)
             for parts, fill in zip(zip(*rows, strict=True), fills, strict=True)
         ]
-        return cls(*padded, None if forget is None else torch.full((len(rows),), forget))
+        ids, kind, span = padded
+        return cls(ids, kind, span, None if forget is None else torch.full((len(rows),), forget))
 
     @classmethod
     def from_ids(cls, input_ids: Tensor, sentinels: Sentinels, *, attention_mask: Tensor | None = None) -> "SpanLayout":

@@ -70,7 +70,7 @@ def sample_spans(
             )
     if policy == "published":
         _check_published(min_length, slots, (protect_head, protect_tail), strict)
-        return published_spans(num_tokens, compression_ratio, max_length=max_length, generator=generator)
+        return [*published_spans(num_tokens, compression_ratio, max_length=max_length, generator=generator)]
     plan = Plan(
         first=protect_head,
         stop=max(protect_head, num_tokens - protect_tail),
@@ -91,7 +91,7 @@ def sample_spans(
             f"compression_ratio {compression_ratio} removes {plan.target} of {num_tokens} tokens, which these spans "
             f"cannot (closest: {removed}); the largest ratio they reach is {largest / max(num_tokens, 1):.4f}"
         )
-    return spans
+    return [*spans]
 
 
 def _exact_spans(
