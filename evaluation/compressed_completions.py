@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -118,8 +117,10 @@ class Writer:
             generator = self.read(ids[:, :-1], method, compression_ratio, example=example)
             torch.manual_seed(_seed(sampling.seed, example))
             # The last token of the prefix is the prompt: its logits are the first to draw from.
+            prompt = ids[:, -1:].expand(sampling.num_samples, -1)
             self.model.generate(
-                ids[:, -1:].expand(sampling.num_samples, -1),
+                prompt,
+                attention_mask=torch.ones_like(prompt),
                 custom_generate=generator,
                 stopping_criteria=StoppingCriteriaList([limit]),
                 generation_config=GenerationConfig(
@@ -225,5 +226,5 @@ def first_words(text: str, num_words: int) -> str:
     return text[: len(text) - len(rest)].rstrip()
 
 
-def _seed(*numbers: Sequence[int] | int) -> int:
+def _seed(*numbers: int) -> int:
     return int(np.random.SeedSequence(list(numbers)).generate_state(1, np.uint64)[0] >> 1)
