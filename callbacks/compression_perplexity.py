@@ -63,14 +63,20 @@ class CompressionPerplexity(pl.Callback):
 
     def _score(self, trainer: pl.Trainer, module: Any, ratio: float) -> dict[str, Any]:
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        blocks = data.validation_blocks
+        found = data.validation_blocks
+        blocks = [found[index] for index in range(min(self.num_blocks, len(found)))]
+        sampler = replace(getattr(data, "sampler", SpanSampler()), compression_ratio=ratio)
+        spans = None
+        if ratio and module.compression.method == "sentinel" and hasattr(data, "spans_to_score"):
+            spans = data.spans_to_score(blocks, sampler, data.validation_split)
         return perplexity(
             module.model,
-            [blocks[index] for index in range(min(self.num_blocks, len(blocks)))],
+            blocks,
             method=module.compression.method if ratio else "dense",
             compression_ratio=ratio,
             sentinels=module.sentinels,
-            sampler=replace(getattr(data, "sampler", SpanSampler()), compression_ratio=ratio),
+            sampler=sampler,
+            spans=spans,
             batch_size=self.batch_size,
             num_sinks=module.compression.num_sinks,
             exclude_sentinel_logits=module.exclude is not None,
