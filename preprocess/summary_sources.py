@@ -67,7 +67,9 @@ class Columns:
                 wanted = (
                     f"column {name}" if name else f"column for the {role} (document or article, summary or highlights)"
                 )
-                raise ValueError(f"{place} has no {wanted}: choose --{role}-column among {', '.join(map(str, record))}")
+                raise ValueError(
+                    f"{place} has no {wanted}: name its {role}_column (--{role}-column) among {', '.join(map(str, record))}"
+                )
             if not isinstance(record[name], str | None):
                 raise ValueError(f"{place}: column {name} holds {type(record[name]).__name__}, not text")
             texts.append(record[name] or "")

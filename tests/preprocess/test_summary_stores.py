@@ -96,7 +96,10 @@ def test_the_hub_is_streamed_with_its_splits(call, tmp_path, monkeypatch):
     status, shown = call(
         "hub:org/news", "--tokenizer", "bytes", "--output", tmp_path / "x", "--summary-column", "abstract"
     )
-    assert status == 2 and "org/news train row 0 has no column abstract: choose --summary-column among" in shown.err
+    assert (
+        status == 2
+        and "org/news train row 0 has no column abstract: name its summary_column (--summary-column) among" in shown.err
+    )
 
 
 def test_the_command_makes_a_store_once(call, tmp_path):
