@@ -64,12 +64,10 @@ class Columns:
         texts = []
         for role, name in zip(("document", "summary"), names, strict=True):
             if name not in record:
-                wanted = (
-                    f"column {name}" if name else f"column for the {role} (document or article, summary or highlights)"
-                )
-                raise ValueError(
-                    f"{place} has no {wanted}: name its {role}_column (--{role}-column) among {', '.join(map(str, record))}"
-                )
+                published = "document or article, summary or highlights"
+                wanted = f"column {name}" if name else f"column for the {role} ({published})"
+                choices = ", ".join(map(str, record))
+                raise ValueError(f"{place} has no {wanted}: name its {role}_column (--{role}-column) among {choices}")
             if not isinstance(record[name], str | None):
                 raise ValueError(f"{place}: column {name} holds {type(record[name]).__name__}, not text")
             texts.append(record[name] or "")
