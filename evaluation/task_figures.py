@@ -37,7 +37,7 @@ def save_score_by_length(curves: Mapping[str, Mapping[int, float]], path: Path) 
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_xlabel("context length (tokens)")
     axes.set_ylabel("score")
-    axes.set_title("Score by context length, mean over tasks", loc="left", fontsize="medium")
+    axes.set_title("Score by context length", loc="left", fontsize="medium")
     axes.legend(frameon=False)
     figure.savefig(path, dpi=150)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any, Protocol
 from evaluation.ruler import make_examples, make_qa_examples, needs_essay
 from evaluation.tasks import get_task, task_names
 from evaluation.tasks.base import Example, Task
-from evaluation.tasks.records import read_records
+from evaluation.tasks.records import parse_lines, read_records
 
 ESSAY_CHARACTERS = 5_000_000
 QA_COLUMNS = ("question", "answers", "passages")
@@ -194,10 +193,8 @@ def _texts(path: Path) -> Iterator[str]:
         for batch in file.iter_batches(batch_size=1, columns=["text"]):
             yield from (str(text) for text in batch["text"].to_pylist())
     elif path.suffix in (".jsonl", ".json"):
-        with path.open(encoding="utf-8") as file_:
-            for line in file_:
-                if line.strip():
-                    yield str(json.loads(line)["text"])
+        with path.open("rb") as lines:
+            yield from (str(record["text"]) for record in parse_lines(lines, str(path), ("text",)))
     else:
-        with path.open(encoding="utf-8") as file_:
-            yield file_.read(ESSAY_CHARACTERS)
+        with path.open(encoding="utf-8") as text:
+            yield text.read(ESSAY_CHARACTERS)

@@ -7,7 +7,6 @@ the scores do not compare with HELMET's own tables.
 from __future__ import annotations
 
 import json
-import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -103,11 +102,13 @@ def at_length(files: Mapping[str, Any], length: int, name: str) -> Any:
 class RagTask(FileTask):
     """Questions behind retrieved documents, one passage each."""
 
-    columns = ("question", "answers", "ctxs")
+    columns: tuple[str, ...] = ("question", "answers", "ctxs")
     texts = _TEXTS["rag"]
 
     def __init__(self, name: str) -> None:
         super().__init__(name, max_new_tokens=self.texts["max_new_tokens"])
+        if name == "rag_popqa":
+            self.columns = (*self.columns, "s_pop")
 
     def file(self, length: int) -> str:
         """Return the file of a length inside HELMET's data folder."""
@@ -115,8 +116,7 @@ class RagTask(FileTask):
 
     def example(self, record: Mapping[str, Any], index: int = 0) -> Example | None:
         """Return the question of a record; None for popular subjects of popqa."""
-        limit = _TEXTS["rag"].get("popqa_log10_popularity_below")
-        if self.set_name == "rag_popqa" and math.log10(record["s_pop"]) >= limit:
+        if self.set_name == "rag_popqa" and record["s_pop"] >= 10 ** _TEXTS["rag"]["popqa_log10_popularity_below"]:
             return None
         passages = tuple(fill(self.texts["passage"], passage) for passage in record["ctxs"])
         query = fill(self.texts["query"], {"question": record["question"]})

@@ -52,7 +52,13 @@ class LongBenchTask(Task):
         self.template: str = options["template"] if other is None else other["context"] + other["question"]
 
     def example(self, record: Mapping[str, Any], index: int = 0) -> Example:
-        """Return the question of a record."""
+        """Return the question of a record.
+
+        Raises:
+            ValueError: it names no classes where they are scored.
+        """
+        if self.metric == "classification" and not record.get("all_classes"):
+            raise ValueError(f"{self.name}: record {index} must name its classes in all_classes")
         before, after = cut(self.template)
         answers = record["answers"]
         return Example(

@@ -15,8 +15,8 @@ def read_records(path: str, name: str, columns: Sequence[str]) -> list[dict[str,
     """Return the records of a set.
 
     Args:
-        path: a file of JSON lines, a folder that holds ``<name>.jsonl``, or ``hub:OWNER/NAME``, a data set with that
-            file, by itself or in its ``data.zip``.
+        path: a file of JSON lines; a folder that holds ``<name>.jsonl`` or ``<name>/validation.jsonl``; or
+            ``hub:OWNER/NAME``, a data set with that file, by itself or in its ``data.zip``.
         name: the set.
         columns: what every record must hold.
 
@@ -28,6 +28,8 @@ def read_records(path: str, name: str, columns: Sequence[str]) -> list[dict[str,
         place, lines = path, _hub_lines(path.removeprefix(HUB), name)
     else:
         file = Path(path) / f"{name}.jsonl" if Path(path).is_dir() else Path(path)
+        if not file.is_file() and (nested := Path(path) / name / "validation.jsonl").is_file():
+            file = nested
         if not file.is_file():
             raise FileNotFoundError(f"{file} does not exist: pass data.path=FOLDER with {name}.jsonl, or that file")
         place, lines = str(file), file.read_bytes().split(b"\n")

@@ -17,7 +17,14 @@ def load_templates(family: str) -> dict[str, Any]:
 
 
 def fill(template: str, fields: Mapping[str, Any]) -> str:
-    """Put fields into a template in one pass: braces in the fields stay as they are, doubled ones become one."""
+    """Put fields into a template in one pass: braces in the fields stay as they are, doubled ones become one.
+
+    Raises:
+        ValueError: a field is missing.
+    """
+    missing = [name for name in _FIELD.findall(template) if name and name not in fields]
+    if missing:
+        raise ValueError(f"the prompt needs {', '.join(missing)}; the record has {', '.join(fields) or 'nothing'}")
     return _FIELD.sub(lambda found: str(fields[found[1]]) if found[1] else found[0][0], template)
 
 

@@ -67,7 +67,7 @@ def test_longbench_scores():
 
 
 def test_parallelcomp_deviates_where_the_paper_does():
-    record = LONGBENCH | {"input": "I"}
+    record = LONGBENCH | {"input": "I", "all_classes": ["I"]}
     theirs, ours = get_task("longbench_parallelcomp/trec"), get_task("longbench/trec")
     assert theirs.prompt(theirs.example(record)).endswith("\nNow, answer the following questionsI")
     assert ours.prompt(ours.example(record)).endswith("\nI")
@@ -127,6 +127,28 @@ def test_broken_files_are_told_by_line(tmp_path):
         task.read(str(path))
     with pytest.raises(FileNotFoundError, match=r"vt.jsonl does not exist: pass data.path"):
         get_task("ruler/vt").read(str(tmp_path))
+
+
+def test_what_a_prompt_needs_must_be_there(tmp_path):
+    with pytest.raises(ValueError, match="record 0 must name its classes"):
+        get_task("longbench/trec").example(LONGBENCH)
+    with pytest.raises(ValueError, match="the prompt needs title; the record has text"):
+        get_task("helmet/rag_nq").example({"question": "?", "answers": ["a"], "ctxs": [{"text": "t"}]})
+    with pytest.raises(ValueError, match="line 1 lacks s_pop"):
+        get_task("helmet/rag_popqa").read(write(tmp_path / "a", {"question": "?", "answers": [], "ctxs": []}))
+
+
+def test_folders_of_the_published_generator(tmp_path):
+    text = (
+        "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\nNOISE\nQuestion: Find "
+    )
+    text += "all variables that are assigned the value 7 in the text above."
+    (tmp_path / "vt").mkdir()
+    write(
+        tmp_path / "vt" / "validation.jsonl", {"index": 5, "input": text, "outputs": ["A"], "answer_prefix": " It is"}
+    )
+    (example,) = get_task("ruler/vt").read(str(tmp_path))
+    assert example.passages == ("NOISE",) and example.query.endswith("above. It is") and example.id == "5"
 
 
 def test_files_of_the_hub(tmp_path, monkeypatch):

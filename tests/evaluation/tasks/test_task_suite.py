@@ -17,6 +17,7 @@ from patches.parallel_context import KeepPieces, ParallelContext
 
 from .conftest import tiny_llama
 
+PLAIN = ("longbench", "infinitebench", "helmet", "ruler", "ruler_files")
 RECIPES = [name for name in recipe_names("eval") if any(f in name for f in ("bench", "helmet", "ruler"))]
 
 
@@ -174,11 +175,11 @@ def test_quantization_is_passed_through(monkeypatch):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_composes_and_builds(name):
-    required = [] if "ruler" in name else ["data.path=."]
+    required = [] if name in ("ruler", "ruler_parallel_context") else ["data.path=."]
     config = compose([f"recipe={name}", "model.path=hub:some/model", *required], command="eval")
     check(config)
     suite = build(config["task"])
-    assert suite.source.cells() and (suite.patch is None) == (name in ("longbench", "infinitebench", "helmet", "ruler"))
+    assert suite.source.cells() and (suite.patch is None) == (name in PLAIN)
 
 
 def test_the_command(monkeypatch, capsys, tmp_path):
