@@ -76,8 +76,8 @@ def tuned_problems() -> list[Problem]:
     """List the shapes for which everything that autotuning may choose is compiled."""
     return [
         (torch.bfloat16, 64, group, chunk, size, options)
-        for size in (64, 128, 256)
-        for group, chunk, options in ((1, 63, True), (4, 64, False))
+        for size in (32, 64, 128, 256)
+        for group, chunk, options in ((1, 63, True), (4, 64, False), (1, 200, True))
     ]
 
 

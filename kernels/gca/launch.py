@@ -43,35 +43,50 @@ class Launch:
     descriptors: bool = False
 
 
-# For D <= 64, 128 and 256; the first is the default. One warp group (4 warps) multiplies 64 rows at once on sm_90.
-CHOICES: dict[Kind, tuple[list[Choice], list[Choice], list[Choice]]] = {
+# For D <= 32, 64, 128 and 256; the first is the default. One warp group (4 warps) multiplies 64 rows at once on sm_90.
+CHOICES: dict[Kind, tuple[list[Choice], list[Choice], list[Choice], list[Choice]]] = {
     "forward": (
+        [(64, 4, 2), (64, 8, 2), (32, 4, 2)],
         [(64, 4, 2), (64, 4, 3), (64, 8, 2), (64, 8, 3), (32, 4, 2), (32, 4, 3), (128, 8, 2), (128, 8, 3)],
-        [(64, 8, 2), (64, 4, 2), (64, 4, 3), (32, 4, 2), (32, 8, 2)],
-        [(64, 8, 2), (32, 8, 2), (32, 8, 3)],
+        [(64, 8, 2), (64, 4, 2), (64, 4, 3), (32, 4, 2)],
+        [(64, 8, 2), (32, 8, 3)],
     ),
     "query": (
+        [(64, 8, 2), (32, 4, 2)],
         [(64, 4, 2), (64, 4, 3), (64, 8, 2), (64, 8, 3), (32, 4, 2), (32, 8, 2)],
         [(64, 8, 2), (64, 8, 3), (32, 4, 2), (32, 4, 3)],
         [(32, 8, 2), (32, 8, 3)],
     ),
     "key": (
+        [(64, 8, 2)],
         [(64, 4, 2), (64, 8, 2), (64, 8, 3), (32, 4, 2), (32, 4, 3)],
         [(64, 8, 2), (64, 8, 3), (32, 4, 2), (32, 8, 2)],
         [(32, 8, 2), (64, 8, 2), (32, 8, 3)],
     ),
 }
 # Keys and values by tensor descriptors (sm_90); the key kernel reads each tile once, it would gain nothing.
-DESCRIBED: dict[Kind, tuple[list[Choice], list[Choice], list[Choice]]] = {
-    "forward": ([(64, 4, 2), (64, 4, 3), (128, 8, 2)], [(64, 8, 2), (64, 4, 2), (64, 4, 3)], [(32, 8, 2)]),
-    "query": ([(64, 4, 2), (64, 4, 3)], [(64, 8, 2), (32, 4, 2)], [(32, 8, 2)]),
-    "key": ([], [], []),
+DESCRIBED: dict[Kind, tuple[list[Choice], list[Choice], list[Choice], list[Choice]]] = {
+    "forward": (
+        [(64, 4, 2)],
+        [(64, 4, 2), (64, 4, 3), (128, 8, 2)],
+        [(64, 8, 2), (64, 4, 2), (64, 4, 3)],
+        [(32, 8, 2)],
+    ),
+    "query": ([(64, 8, 2)], [(64, 4, 2), (64, 4, 3)], [(64, 8, 2), (32, 4, 2)], [(32, 8, 2)]),
+    "key": ([], [], [], []),
 }
-# Float32 products use no tensor cores and many registers.
-FLOAT32: tuple[Choice, Choice, Choice] = (32, 8, 2), (16, 4, 2), (16, 8, 2)
 # The most keys of a tile.
-MOST_KEYS: dict[Kind, Choice] = {"forward": (128, 128, 64), "query": (128, 64, 64), "key": (64, 64, 32)}
-FLOAT32_MOST_KEYS: Choice = (32, 16, 32)
+MOST_KEYS: dict[Kind, tuple[int, int, int, int]] = {
+    "forward": (128, 128, 128, 64),
+    "query": (128, 128, 64, 64),
+    "key": (64, 64, 64, 32),
+}
+# Float32 products use no tensor cores and many registers: the most rows and keys of a tile, and warps.
+FLOAT32: dict[Kind, tuple[Choice, Choice, Choice, Choice]] = {
+    "forward": ((16, 32, 4), (16, 32, 4), (16, 16, 4), (16, 16, 8)),
+    "query": ((32, 32, 8), (32, 32, 8), (16, 16, 2), (16, 16, 4)),
+    "key": ((32, 32, 8), (32, 32, 8), (16, 16, 4), (16, 32, 8)),
+}
 
 
 def candidates(shape: Shape, capability: int) -> list[Launch]:
@@ -82,23 +97,34 @@ def candidates(shape: Shape, capability: int) -> list[Launch]:
         capability: major compute capability of the device; 0 = unknown.
     """
     block_d = max(16, triton.next_power_of_2(shape.head_dim))
-    column = 0 if block_d <= 64 else 1 if block_d == 128 else 2
+    column = [32, 64, 128, 256].index(max(32, block_d))
     if shape.dtype.itemsize == 4:
-        return [_launch(shape, FLOAT32[column], FLOAT32_MOST_KEYS[column], block_d)]
-    most = MOST_KEYS[shape.kind][column]
-    chosen = [_launch(shape, choice, most, block_d) for choice in CHOICES[shape.kind][column]]
+        most_rows, most_keys, num_warps = FLOAT32[shape.kind][column]
+        return [Launch(_rows(shape, most_rows), min(most_keys, _keys(shape)), block_d, num_warps)]
+    # An accumulator that is scaled between the tiles of a chunk leaves few registers: only the defaults do not spill.
+    most = 1 if _keys(shape) > MOST_KEYS[shape.kind][column] else None
+    chosen = [_launch(shape, choice, column, block_d) for choice in CHOICES[shape.kind][column][:most]]
     if shape.descriptors and capability >= 9:
-        described = [_launch(shape, choice, most, block_d) for choice in DESCRIBED[shape.kind][column]]
+        described = [_launch(shape, choice, column, block_d) for choice in DESCRIBED[shape.kind][column][:most]]
         chosen += [replace(launch, descriptors=True) for launch in described]
     return list(dict.fromkeys(chosen))
 
 
-def _launch(shape: Shape, choice: Choice, most_keys: int, block_d: int) -> Launch:
+def _launch(shape: Shape, choice: Choice, column: int, block_d: int) -> Launch:
     most_rows, num_warps, num_stages = choice
-    block_m = min(most_rows, max(16, triton.next_power_of_2(shape.rows)))
-    block_c = max(16, triton.next_power_of_2(shape.chunk_size))
+    block_m, block_c, most_keys = _rows(shape, most_rows), _keys(shape), MOST_KEYS[shape.kind][column]
     if block_c > most_keys:  # several tiles a chunk
         block_c = min(most_keys, 32 if shape.kind == "query" or block_m == 16 else 64)
+        if block_d == 256 and shape.kind != "key":
+            block_m, block_c = min(block_m, 32), block_c // 2
     if shape.kind == "query" and block_c == 128:  # two products of all keys are held at once
         block_m = min(block_m, 32)
     return Launch(block_m, block_c, block_d, num_warps, num_stages)
+
+
+def _rows(shape: Shape, most: int) -> int:
+    return min(most, max(16, triton.next_power_of_2(shape.rows)))
+
+
+def _keys(shape: Shape) -> int:
+    return max(16, triton.next_power_of_2(shape.chunk_size))

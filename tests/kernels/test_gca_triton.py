@@ -37,8 +37,8 @@ def test_compiles_without_spills(tmp_path):
 def test_every_configuration_compiles_without_spills(tmp_path):
     """Every kernel and tile choice, sm_80 and sm_90: no spills, tensor cores used, shared memory within limits."""
     code = (
-        "from benchmarks.compile_triton import compile_shapes, problem, shapes\n"
-        "bad = [row for row in compile_shapes(shapes()) if problem(row)]\n"
+        "from benchmarks.compile_triton import problem_of, report\n"
+        "bad = [row for row in report(quick=False) if problem_of(row)]\n"
         "assert not bad, bad"
     )
     run("-c", code, interpret=False, folder=tmp_path)
