@@ -109,7 +109,7 @@ class SentinelCollator:
             self.sampler(len(row), slots=self.sentinels.slots, generator=self._draw(item), **self._hints(row, item))
             for row, item in zip(rows, items, strict=True)
         ]
-        forget = self.sampler.forget(self.sentinels.slots)
+        forget = self.sampler.forget(len(rows[0]), self.sentinels.slots)
         layout = SpanLayout.from_spans(rows, spans, self.sentinels, forget=forget)
         batch = {"input_ids": layout.input_ids, "kind": layout.kind, "span": layout.span}
         return batch if layout.forget is None else batch | {"forget": layout.forget}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -27,6 +29,35 @@ def compression_curves(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[tupl
     return curves
 
 
+def _draw_perplexity(
+    axes: Axes, curves: Mapping[str, list[tuple[float, float, float]]], reference: Mapping[str, Any]
+) -> None:
+    for index, (method, points) in enumerate(curves.items()):
+        axes.plot([p[0] for p in points], [p[1] for p in points], label=method, **_look(index))
+        for achieved, value, nominal in points:
+            if abs(achieved - nominal) > 0.005:
+                axes.annotate(f"nominal {nominal}", (achieved, value), fontsize="x-small")
+    for index, (label, pairs) in enumerate(reference.items()):
+        look: dict[str, Any] = {"color": COLOURS[index % len(COLOURS)], "linestyle": "--", "linewidth": 1}
+        axes.plot([pair[0] for pair in pairs], [pair[1] for pair in pairs], label=label, **look)
+    axes.set_yscale("log")
+    axes.set_ylabel("perplexity per original token")
+
+
+def _draw_excess(axes: Axes, curves: Mapping[str, list[tuple[float, float, float]]], dense: float) -> None:
+    """Draw what a method loses against the dense model: differences that vanish beside the worst method's."""
+    for index, (method, points) in enumerate(curves.items()):
+        removed = [(achieved, math.log(value / dense)) for achieved, value, nominal in points if nominal]
+        axes.plot([p[0] for p in removed], [p[1] for p in removed], label=method, **_look(index))
+    axes.axhline(0, color="0.5", linewidth=1, linestyle=":")
+    axes.set_yscale("symlog", linthresh=1e-3)
+    axes.set_ylabel("loss above dense (nats, linear within 0.001)")
+
+
+def _look(index: int) -> dict[str, Any]:
+    return {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)], "markersize": 5}
+
+
 def save_compression_figure(
     rows: Sequence[Mapping[str, Any]],
     folder: Path,
@@ -42,27 +73,19 @@ def save_compression_figure(
         reference: further curves by label, pairs of ratio and perplexity, dashed.
         title: above the axes.
     """
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    curves = compression_curves(rows)
+    dense = next((points[0][1] for points in curves.values() if points[0][2] == 0), None)
+    figure = Figure(figsize=(7 if dense is None else 11, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    for index, (method, points) in enumerate(compression_curves(rows).items()):
-        look: dict[str, Any] = {
-            "color": COLOURS[index % len(COLOURS)],
-            "marker": MARKERS[index % len(MARKERS)],
-            "markersize": 5,
-        }
-        axes.plot([p[0] for p in points], [p[1] for p in points], label=method, **look)
-        for achieved, value, nominal in points:
-            if abs(achieved - nominal) > 0.005:
-                axes.annotate(f"nominal {nominal}", (achieved, value), fontsize="x-small")
-    for index, (label, pairs) in enumerate(reference.items()):
-        look = {"color": COLOURS[index % len(COLOURS)], "linestyle": "--", "linewidth": 1}
-        axes.plot([pair[0] for pair in pairs], [pair[1] for pair in pairs], label=label, **look)
-    axes.set_yscale("log")
-    axes.set_xlabel("cache entries removed (achieved fraction)")
-    axes.set_ylabel("perplexity per original token")
-    axes.set_title(title, loc="left", fontsize="medium")
-    axes.legend(frameon=False)
+    axes = figure.subplots(1, 1 if dense is None else 2, squeeze=False)[0]
+    _draw_perplexity(axes[0], curves, reference)
+    if dense is not None:
+        axes[0].axhline(dense, color="0.5", linewidth=1, linestyle=":", label="dense")
+        _draw_excess(axes[1], curves, dense)
+    axes[0].legend(frameon=False)
+    axes[0].set_title(title, loc="left", fontsize="medium")
+    for panel in axes:
+        panel.set_xlabel("cache entries removed (achieved fraction)")
     for ending in ("png", "svg"):
         figure.savefig(folder / f"figure.{ending}", dpi=150)
 

@@ -52,7 +52,7 @@ class Rows:
             if self.spans is not None:
                 return SpanLayout.from_spans(ids, self.spans[first : first + len(ids)], self.sentinels), None
             chosen = [self.sampler(size, slots=slots, generator=draw) for draw in draws]
-            forget = self.sampler.forget(slots) if isinstance(self.sampler, SpanSampler) else None
+            forget = self.sampler.forget(size, slots) if isinstance(self.sampler, SpanSampler) else None
             return SpanLayout.from_spans(ids, chosen, self.sentinels, forget=forget), None
         if compression.method == "scattered":
             ratio = compression.compression_ratio

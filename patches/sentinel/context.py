@@ -138,10 +138,12 @@ def compress(
     rows = [ids[mask] for ids, mask in zip(input_ids, real, strict=True)]
     if not all(row.numel() for row in rows):
         raise ValueError("every row of a context needs at least one token; drop empty rows")
-    forget = None
+    forget: list[int] | None = None
     if spans is None:
         chosen = SpanSampler() if sampler is None else sampler
-        forget = chosen.forget(sentinels.slots) if isinstance(chosen, SpanSampler) else None
+        if isinstance(chosen, SpanSampler):
+            counts = [chosen.forget(row.numel(), sentinels.slots) for row in rows]
+            forget = [count for count in counts if count is not None] or None
         draws = (random.Random(f"{seed} {number}") for number in range(len(rows)))
         spans = [
             chosen(row.numel(), slots=sentinels.slots, generator=draw) for row, draw in zip(rows, draws, strict=True)

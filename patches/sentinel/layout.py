@@ -50,7 +50,7 @@ class SpanLayout:
         sentinels: Sentinels,
         *,
         pad_id: int = 0,
-        forget: int | None = None,
+        forget: int | Sequence[int] | None = None,
     ) -> "SpanLayout":
         """Bracket spans of original tokens: ``open_id`` before each, the slot ids after it; pad on the right.
 
@@ -61,7 +61,8 @@ class SpanLayout:
                 tokens of the span stay visible.
             sentinels: Ids to insert.
             pad_id: Id of padding.
-            forget: Thousandths of the closed spans, oldest first, whose slots are gone.
+            forget: Thousandths of the closed spans, oldest first, whose slots are gone: one number, or one for each
+                row.
 
         Raises:
             ValueError: if spans overlap, are empty, leave their row, or close before they end or in another order than
@@ -76,7 +77,7 @@ class SpanLayout:
             for parts, fill in zip(zip(*rows, strict=True), fills, strict=True)
         ]
         ids, kind, span = padded
-        return cls(ids, kind, span, None if forget is None else torch.full((len(rows),), forget))
+        return cls(ids, kind, span, None if forget is None else torch.as_tensor(forget).reshape(-1))
 
     @classmethod
     def from_ids(cls, input_ids: Tensor, sentinels: Sentinels, *, attention_mask: Tensor | None = None) -> "SpanLayout":

@@ -5,13 +5,13 @@ Lengths count original tokens; a span of length l with K slots removes l - K cac
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from patches.sentinel.published_sampler import mark_words, published_spans
 from patches.sentinel.sampler_information import low_information
 from patches.sentinel.sampler_policies import Plan, boundary, fixed, largest_in_segments, uniform
-from patches.sentinel.sampler_recent import forgotten, recent
+from patches.sentinel.sampler_recent import forgotten, recent, span_length
 
 __all__ = ["SpanSampler", "achieved_ratio", "mark_words", "max_compression_ratio", "sample_spans"]
 
@@ -47,7 +47,8 @@ def sample_spans(
         policy: "uniform": lengths uniform, places uniform. "fixed": fewest spans, evenly laid, not random.
             "boundary": spans start at segment starts. "low_information": spans cover the lowest scores. "published":
             the published sampler bit for bit, which does not reach its ratio; other options keep their defaults.
-            "budget", "proportional": spans of ``max_length`` tokens, oldest first, closed late; see `sampler_recent`.
+            "budget", "proportional": spans of ``max_length`` tokens (fewer where little is left), oldest first, closed
+            late; see `sampler_recent`.
         protect_head: First tokens that stay out of spans.
         protect_tail: Last tokens that stay out of spans.
         generator: Source of randomness.
@@ -106,10 +107,16 @@ def _exact_spans(
 
 def _recent_spans(plan: Plan, policy: Policy, compression_ratio: float, slot_share: float) -> list[tuple[int, ...]]:
     left = plan.stop - plan.target
-    forget = forgotten(compression_ratio, length=plan.high, slots=plan.slots, slot_share=slot_share)
+    length = span_length(left, max_length=plan.high, slots=plan.slots, slot_share=slot_share)
+    plan = replace(plan, low=min(plan.low, length), high=length)
+    forget = forgotten(compression_ratio, length=length, slots=plan.slots, slot_share=slot_share)
 
     def budget(token: int) -> int:
-        return left if policy == "budget" or token == plan.stop else token - int(token * compression_ratio)
+        if policy == "budget" or token == plan.stop:
+            return left
+        past = token - int(token * compression_ratio)
+        # Folding takes a span at once: without some allowance the past would be smaller than that, on average.
+        return past + min((plan.high - plan.slots) // 2, past // 16)
 
     return [*recent(plan, budget, forget)]
 
@@ -132,11 +139,13 @@ class SpanSampler:
         if not 0 < self.slot_share <= 1:
             raise ValueError(f"slot_share is a part of the entries, in (0, 1], got {self.slot_share}")
 
-    def forget(self, slots: int) -> int | None:
-        """What a layout of its spans is to forget, in thousandths of the closed spans; see `SpanLayout.forget`."""
+    def forget(self, num_tokens: int, slots: int) -> int | None:
+        """What the layout of a row is to forget, in thousandths of the closed spans; see `SpanLayout.forget`."""
         if self.policy not in RECENT:
             return None
-        return forgotten(self.compression_ratio, length=self.max_length, slots=slots, slot_share=self.slot_share)
+        left = num_tokens - self.protect_tail - int(self.compression_ratio * num_tokens + 0.5)
+        length = span_length(left, max_length=self.max_length, slots=slots, slot_share=self.slot_share)
+        return forgotten(self.compression_ratio, length=length, slots=slots, slot_share=self.slot_share)
 
     def __call__(
         self,

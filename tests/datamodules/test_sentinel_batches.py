@@ -58,7 +58,7 @@ def test_micro_batches_take_ratios_in_turn(tiny_corpus):
     for batch, ratio in zip(batches, [0.25, 0.75, 0.25], strict=True):
         layout = SpanLayout(*(batch[name] for name in fields), batch["forget"])
         assert layout.achieved_ratio.tolist() == [ratio] * 2
-        assert layout.forget.tolist() == [replace(sampler, compression_ratio=ratio).forget(1)] * 2
+        assert layout.forget.tolist() == [replace(sampler, compression_ratio=ratio).forget(64, 1)] * 2
     assert "ratio_index" not in next(iter(data.val_dataloader()))
     baseline = make(tiny_corpus, method="scattered", ratios=[0.25, 0.75], max_steps=2)
     assert [batch["keep"].float().mean().item() for batch in baseline.train_dataloader()] == [0.75, 0.25]

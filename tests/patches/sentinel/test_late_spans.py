@@ -121,7 +121,7 @@ def test_what_is_left_is_exact_and_the_past_stays_within_its_budget(policy, slot
     for num_tokens, length in ((256, 8), (256, 16), (131, 5), (60, 12)):
         sampler = SpanSampler(ratio, max_length=length, policy=policy, protect_head=1)
         spans = sampler(num_tokens, slots=slots, generator=random.Random(0))
-        layout = SpanLayout.from_spans([[5] * num_tokens], [spans], sentinels, forget=sampler.forget(slots))
+        layout = SpanLayout.from_spans([[5] * num_tokens], [spans], sentinels, forget=sampler.forget(num_tokens, slots))
         left = num_tokens - int(ratio * num_tokens + 0.5)
         # One slot group more or less is what a span at the end can miss.
         assert abs(int(layout.num_kept) - left) <= slots
@@ -129,6 +129,7 @@ def test_what_is_left_is_exact_and_the_past_stays_within_its_budget(policy, slot
         budget = torch.full((num_tokens,), left)
         if policy == "proportional":
             budget = torch.tensor([token - int(token * ratio) for token in range(num_tokens)])
+            budget = budget + torch.minimum(torch.tensor(length // 2), budget // 16)
         # Where the budget is small beside a span, folding waits for the span and half of the budget.
         waiting = budget // 2 + budget // 4 + length + 2 * slots + 2
         assert bool((seen - 1 <= torch.maximum(budget, waiting)).all())
