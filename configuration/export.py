@@ -108,5 +108,6 @@ class CheckpointExport:
         model = module.model_to_export().to(getattr(torch, self.dtype))
         tokenizer = self.run_folder / "tokenizer"
         save_model_folder(model, self.output, tokenizer=tokenizer if tokenizer.is_dir() else None)
-        parameters = sum(p.numel() for p in module.model.parameters())
+        merged = isinstance(model, MergedModel)
+        parameters = model.num_saved if merged else sum(p.numel() for p in module.model.parameters())
         return {"model": str(self.output), "checkpoint": str(self.checkpoint), "parameters": parameters}

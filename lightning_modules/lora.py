@@ -68,6 +68,8 @@ class MergedModel:
     def __init__(self, model: Any, companion: Companion | None = None):
         self.model, self.companion = model, companion
         self.dtype: torch.dtype | None = None
+        self.num_saved = 0
+        """Parameters of what was saved last, adapters being part of others."""
 
     def to(self, dtype: torch.dtype) -> MergedModel:
         """Choose the dtype of what is saved; adapters are added before the weights are rounded."""
@@ -76,7 +78,9 @@ class MergedModel:
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a Hugging Face model folder, and the companion."""
-        self.merged().save_pretrained(folder)
+        merged = self.merged()
+        merged.save_pretrained(folder)
+        self.num_saved = sum(parameter.numel() for parameter in merged.parameters())
         if self.companion is not None:
             self.companion.save(folder)
 

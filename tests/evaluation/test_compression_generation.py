@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from configuration.task import run_task
 from evaluation.compressed_completions import Sampling, WordLimit, Writer, first_words
 from evaluation.compression_generation import COLUMNS, CompressionGeneration
 from evaluation.compression_models import Models
@@ -182,3 +183,14 @@ def test_a_damaged_line_is_named(tmp_path):
     path.write_text("nonsense\n" + path.read_text())
     with pytest.raises(ValueError, match=r"log\.jsonl line 1 is damaged"):
         PredictionLog(path, ("a",))
+
+
+def test_the_tiny_recipe_from_the_command(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "c4-train.00000.json").write_text(json.dumps({"text": "word " * 40}) + "\n")
+    arguments = ["scale=tiny", "data.source=c4-train.00000.json", "sweep.ratios=[0.5]", "sweep.methods=[sentinel]"]
+    arguments += ["task.sampling.num_samples=1", "task.sampling.max_new_tokens=6", "output_dir=out"]
+    result = run_task(["recipe=compression_generation", *arguments], lambda line: None, command="eval")
+    assert result["results"][0]["num_texts"] == 1 and "sentinel" in result["table"]
+    dry = ["recipe=c4_compression_generation", *arguments, "dry_run=true"]
+    assert run_task(dry, lambda line: None, command="eval") is None

@@ -72,3 +72,4 @@ def test_a_merged_model_is_rounded_after_merging(tmp_path):
         assert torch.equal(one.bfloat16(), two)
     rounded.save_pretrained(tmp_path)
     assert (tmp_path / "sentinels.json").is_file()
+    assert rounded.num_saved == sum(parameter.numel() for parameter in exact.parameters())

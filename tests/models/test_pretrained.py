@@ -1,6 +1,7 @@
 """Another rotary base reaches the frequencies, from a folder, for an instance, and after save and load."""
 
 import logging
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -98,3 +99,10 @@ def test_dtype_of_the_frequencies_stays_float32():
 def test_refusals(config, options, match):
     with pytest.raises(ValueError, match=match):
         override_rope(config, **({"context_length": None} | options))
+
+
+@pytest.mark.skipif(find_spec("flash_attn") is not None, reason="flash-attn is installed")
+def test_an_attention_that_is_not_installed_is_named(tmp_path):
+    AutoModelForCausalLM.from_config(LlamaConfig(**SIZES, intermediate_size=64)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"attn_implementation=flash_attention_2 is not there .*: choose sdpa"):
+        load_causal_lm(str(tmp_path), attn_implementation="flash_attention_2")
