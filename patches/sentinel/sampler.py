@@ -107,7 +107,7 @@ def _exact_spans(
 
 def _recent_spans(plan: Plan, policy: Policy, compression_ratio: float, slot_share: float) -> list[tuple[int, ...]]:
     left = plan.stop - plan.target
-    length = span_length(left, max_length=plan.high, slots=plan.slots, slot_share=slot_share)
+    length = span_length(left, max_length=plan.high, slots=plan.slots)
     plan = replace(plan, low=min(plan.low, length), high=length)
     forget = forgotten(compression_ratio, length=length, slots=plan.slots, slot_share=slot_share)
 
@@ -144,7 +144,7 @@ class SpanSampler:
         if self.policy not in RECENT:
             return None
         left = num_tokens - self.protect_tail - int(self.compression_ratio * num_tokens + 0.5)
-        length = span_length(left, max_length=self.max_length, slots=slots, slot_share=self.slot_share)
+        length = span_length(left, max_length=self.max_length, slots=slots)
         return forgotten(self.compression_ratio, length=length, slots=slots, slot_share=self.slot_share)
 
     def __call__(

@@ -14,12 +14,12 @@ from patches.sentinel.sampler_policies import Plan
 Closing = list[tuple[int, int, int]]
 
 
-def span_length(num_left: int, *, max_length: int, slots: int, slot_share: float) -> int:
-    """Return the tokens of a span: ``max_length``, or the share of the slots in the entries left, if that is less.
+def span_length(num_left: int, *, max_length: int, slots: int) -> int:
+    """Return the tokens of a span: ``max_length``, or a third of the entries left, if that is less.
 
     Before it is folded, a span needs its place in the budget.
     """
-    return max(slots + 1, min(max_length, int(slot_share * num_left)))
+    return max(slots + 1, min(max_length, num_left // 3))
 
 
 def forgotten(compression_ratio: float, *, length: int, slots: int, slot_share: float) -> int:
