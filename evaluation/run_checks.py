@@ -35,6 +35,13 @@ def check_fit(model: Any, prompts: Sequence[Prompt]) -> None:
             )
 
 
+def acts_while_decoding(patch: ParallelContext) -> bool:
+    """Whether generated tokens see another context than the query did."""
+    eviction, calibration = patch.eviction, patch.calibration
+    evicts = eviction is not None and eviction.stage == "query" and eviction.method != "streaming"
+    return evicts or (calibration is not None and calibration.apply == "cache")
+
+
 @dataclass(frozen=True)
 class Shape:
     """Tokens of a prompt."""

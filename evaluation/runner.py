@@ -17,7 +17,7 @@ from evaluation.answering import Answer, Answerer, answerer
 from evaluation.parallel_journal import CellJournal
 from evaluation.peak_memory import PeakMemory
 from evaluation.prompts import Place, Prompt, PromptMaker, PromptOptions, Truncation, truncate
-from evaluation.run_checks import Shape, check_fit, tell
+from evaluation.run_checks import Shape, acts_while_decoding, check_fit, tell
 from evaluation.run_identity import run_identity
 from evaluation.tasks.base import Example, Task
 from patches.parallel_context import ParallelContext
@@ -89,7 +89,7 @@ def evaluate_task(
     Raises:
         ValueError: the folder belongs to other settings, or an option cannot serve this model.
     """
-    _check(task, examples, batch_size, rank, world_size, scoring)
+    _check(task, patch, examples, batch_size=batch_size, rank=rank, world_size=world_size, scoring=scoring)
     options = PromptOptions(max_context_tokens, truncation, instruction, chat_template, max_prompt_tokens)
     maker = PromptMaker(tokenizer, patch, options, chat=_wants_chat(task, tokenizer, chat_template))
     run = _Run(task, patch, model, tokenizer, maker, scoring, max_new_tokens)
@@ -108,13 +108,27 @@ def evaluate_task(
     return publish(folder, len(examples), protocol, rank)
 
 
-def _check(task: Task, examples: Sequence[Example], batch_size: int, rank: int, world_size: int, scoring: str) -> None:
+def _check(
+    task: Task,
+    patch: ParallelContext | None,
+    examples: Sequence[Example],
+    *,
+    batch_size: int,
+    rank: int,
+    world_size: int,
+    scoring: str,
+) -> None:
     if not examples:
         raise ValueError(f"{task.name} has no examples")
     if batch_size < 1 or not 0 <= rank < world_size:
         raise ValueError(f"batch_size must be at least 1 and rank below world_size, got {batch_size}, {rank}")
     if scoring not in ("generate", "teacher_forced"):
         raise ValueError(f"scoring is generate or teacher_forced, got {scoring!r}")
+    if scoring == "teacher_forced" and patch is not None and acts_while_decoding(patch):
+        raise ValueError(
+            "this patch drops slots after the query, and scoring=teacher_forced reads the answer with the query: "
+            "pass scoring=generate"
+        )
 
 
 def _wants_chat(task: Task, tokenizer: Any, wanted: bool | None) -> bool:

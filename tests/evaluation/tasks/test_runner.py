@@ -8,7 +8,7 @@ import torch
 from evaluation.runner import evaluate_task, truncate
 from evaluation.tasks import get_task
 from evaluation.tasks.base import Example
-from patches.parallel_context import KeepPieces, ParallelContext, TokenEviction, split_context
+from patches.parallel_context import Calibration, KeepPieces, ParallelContext, TokenEviction, baseline, split_context
 
 from .conftest import tiny_llama
 
@@ -187,6 +187,24 @@ def test_teacher_forcing_agrees_with_generation(run, tokenizer, model):
     expected = -logits.gather(1, torch.tensor(ids[1])[:, None]).sum()
     for folder in ("forced", "forced_plain"):
         assert predictions(run.folder / folder)[1]["scores"]["answer_nll"] == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_answers_are_not_forced_where_slots_leave_after_the_query(run):
+    late = [TokenEviction(capacity=9, stage="query", observation=2), TokenEviction("streaming", capacity=40)]
+    with pytest.raises(ValueError, match="pass scoring=generate"):
+        run(ParallelContext(degree=1, prefix=None, eviction=late[0]), scoring="teacher_forced")
+    with pytest.raises(ValueError, match="pass scoring=generate"):
+        run(ParallelContext(degree=1, prefix=None, calibration=Calibration(apply="cache")), scoring="teacher_forced")
+    assert run(ParallelContext(degree=1, prefix=None, eviction=late[1]), scoring="teacher_forced")["num_examples"] == 5
+
+
+@pytest.mark.filterwarnings("ignore:the tokenizer has no BOS")
+@pytest.mark.parametrize("name", ["streaming", "snapkv", "h2o", "pyramidkv", "random"])
+def test_baselines_read_tasks_in_batches(run, name):
+    patch = baseline(name, capacity=20)
+    run(patch, examples=EXAMPLES[:2])
+    run(patch, examples=EXAMPLES[:2], folder="batch", batch_size=2)
+    assert texts(run.folder / "out") == texts(run.folder / "batch")
 
 
 def test_passages_are_dealt_whole(run):
