@@ -13,6 +13,7 @@ from configuration.compose import at_source
 from configuration.errors import ConfigError
 from configuration.options import TaskOptions, TrainOptions
 from configuration.run_folder import other_owner
+from configuration.step_size import settle_step_size
 from configuration.targets import build, is_target
 
 # Trainer options that the suite sets itself, and what to use for them.
@@ -39,6 +40,11 @@ def check(config: dict[str, Any]) -> list[str]:
     sections = {key: value for key, value in config.items() if isinstance(value, dict)}
     problems = at_source(bind(TrainOptions if train else TaskOptions, config) + bind_all(sections), config)
     missing: list[str] = []
+    if train and not problems:
+        try:
+            settle_step_size(config)
+        except ConfigError as error:
+            problems += error.problems
     if not problems:
         problems += _model_problems(config.get("model", {})) + _output_problems(config)
         problems += _train_problems(config) if train else _prompt_problems(config)

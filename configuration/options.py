@@ -22,6 +22,8 @@ class TrainOptions:
         resume: ``auto`` continues the run in ``output`` if there is one, a path continues from that checkpoint or
             the newest of that run folder, ``false`` starts anew and refuses a folder that already holds a run.
         dry_run: build on the meta device, print sizes and memory, train nothing.
+        sequences_per_step: sequences of an optimiser step over all processes, from which the accumulation follows;
+            null: as many as batch size, accumulation and processes make.
         eval_every_n_steps: optimiser steps between validations; null validates only at the end.
         export_model: write a Hugging Face folder ``<output>/model`` at the end.
         prepare: target that makes sure the corpus exists and returns its folder.
@@ -47,6 +49,7 @@ class TrainOptions:
     vocabulary: dict[str, Any] = field(default_factory=dict)
     resume: str | bool = "auto"
     dry_run: bool = False
+    sequences_per_step: int | None = None
     eval_every_n_steps: int | None = None
     export_model: bool = True
     prepare: dict[str, Any] | None = None

@@ -9,6 +9,8 @@ from typing import Any
 from transformers.utils import logging as transformers_logging
 
 _NO_NEWS = (
+    ".*torch.distributed.* is deprecated.*",  # called by the engines of sharded training
+    ".*Since DeepSpeed handles gradient clipping internally.*",  # by trainer.gradient_clip_val, as it is set
     ".*LeafSpec.*",
     ".*exists and is not empty.*",  # ours to resume
     ".*gradient_checkpointing_enable. is deprecated.*",  # in favour of a name that older supported versions lack

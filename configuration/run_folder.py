@@ -15,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from callbacks.checkpoint import checkpoint_step, named_checkpoint, newest_checkpoint, read_checkpoint
 from configuration.compose import at_source
+from configuration.step_size import settle_step_size
 from evaluation.results import git_commit, write_json, write_text
 
 # What may change between the parts of one run without changing what it learns.
@@ -27,6 +28,9 @@ FREE = (
     "prepare",
     "export_model",
     "eval_every_n_steps",
+    # Their product with the processes, sequences_per_step, is what a run keeps.
+    "data.accumulate_grad_batches",
+    "data.batch_size",
     "data.num_workers",
     "data.pin_memory",
     "data.eval_lengths",
@@ -40,6 +44,7 @@ FREE = (
 )
 FREE_TRAINER = (
     "accelerator",
+    "accumulate_grad_batches",
     "benchmark",
     "default_root_dir",
     "detect_anomaly",
@@ -168,7 +173,10 @@ def _warn_of_other_options(checkpoint: Path, config: dict[str, Any]) -> None:
 
 def _changed(folder: Path, config: dict[str, Any]) -> list[str]:
     """Options that bind a run and differ from those of the run in a folder."""
-    return at_source(differences(_bound(read_config(folder)), _bound(config)), config)
+    before = read_config(folder)
+    for recipe in (before, config):  # runs of older versions did not note it
+        settle_step_size(recipe)
+    return at_source(differences(_bound(before), _bound(config)), config)
 
 
 def write_start(folder: Path, config: dict[str, Any]) -> None:

@@ -21,6 +21,7 @@ from configuration.errors import Stopped
 from configuration.export import restored_module, save_model_folder
 from configuration.quiet import quiet
 from configuration.run_folder import open_run, versions, write_start
+from configuration.step_size import settle_step_size
 from configuration.targets import build
 from evaluation.results import write_json
 from lightning_modules.lora import has_adapters
@@ -40,6 +41,7 @@ def run(config: dict[str, Any], say: Callable[[str], None] = lambda _: None) -> 
     import models  # noqa: F401 - registers the suite's models with transformers' Auto classes
 
     quiet()
+    settle_step_size(config)
     folder, checkpoint = open_run(config)
     trainer = build_trainer(config)
     module = build(config["module"], "module")
@@ -224,8 +226,8 @@ def describe(config: dict[str, Any], missing: Sequence[str] = ()) -> str:
 
     model = meta_model(config["model"])
     trainer, data = config["trainer"], config["data"]
-    devices = trainer["devices"] if isinstance(trainer["devices"], int) else max(torch.cuda.device_count(), 1)
-    sequences = data["batch_size"] * trainer["accumulate_grad_batches"] * devices * trainer.get("num_nodes", 1)
+    settle_step_size(config)
+    sequences = config["sequences_per_step"]
     length = data.get("context_length") or config["module"]["context_length"]
     tokens = sequences * length
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)

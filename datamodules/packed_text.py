@@ -179,8 +179,8 @@ class PackedTextDataModule(pl.LightningDataModule):
         """Start the next training loader at the stored step.
 
         Raises:
-            ValueError: the checkpoint was made with another corpus, seed or gradient accumulation, or in the middle of
-            an optimiser step, whose gradient so far is lost.
+            ValueError: the checkpoint was made with another corpus or seed, or in the middle of an optimiser step,
+                whose gradient so far is lost.
         """
         if state_dict["micro_batch"]:
             raise ValueError(
@@ -189,7 +189,7 @@ class PackedTextDataModule(pl.LightningDataModule):
                 "resume from one written after a step"
             )
         mine = self.state_dict()
-        for name in ("identity", "seed", "accumulate_grad_batches"):
+        for name in ("identity", "seed"):
             if state_dict[name] != mine[name]:
                 meaning = "corpus identity" if name == "identity" else name
                 raise ValueError(

@@ -146,11 +146,20 @@ class ScoredSequencesDataModule(pl.LightningDataModule):
         plan = self._training_batches().plan
         return {
             "micro_batches": self._position(),
+            "accumulate": self.accumulate,
             "sequences": self.sequences.store_id,
             "scores": None if self.scores is None else self.scores.manifest_id,
             "seed": self.seed,
             "shuffle": self.shuffle,
-            "run_length": "steps" if plan.endless else "epochs",
+            **self._order_of(plan),
+        }
+
+    def _order_of(self, plan: SequencePlan) -> dict[str, Any]:
+        """What else decides which sequences a step reads: of a run of steps, how many they are."""
+        if plan.endless:
+            return {"run_length": "steps", "sequences_per_step": plan.sequences_per_micro_batch * self.accumulate}
+        return {
+            "run_length": "epochs",
             "accumulate_grad_batches": self.accumulate,
             "sequences_per_micro_batch": plan.sequences_per_micro_batch,
         }
@@ -163,19 +172,21 @@ class ScoredSequencesDataModule(pl.LightningDataModule):
                 step, whose gradient so far is lost.
         """
         mine = self.state_dict()
-        for name in sorted(mine.keys() - {"micro_batches"}):
-            if state_dict[name] != mine[name]:
+        for name in ("run_length", *sorted(mine.keys() - {"micro_batches", "accumulate", "run_length"})):
+            if state_dict.get(name) != mine[name]:
                 raise ValueError(
-                    f"the checkpoint was trained with another {name}: {state_dict[name]}, now {mine[name]}; "
+                    f"the checkpoint was trained with another {name}: {state_dict.get(name)}, now {mine[name]}; "
                     "resume with the old one or start a new run"
                 )
-        start = int(state_dict["micro_batches"])
-        if inside := self._training_batches().plan.place_in_step(start):
+        plan, start, accumulate = self._training_batches().plan, state_dict["micro_batches"], state_dict["accumulate"]
+        inside = start % accumulate if plan.endless else plan.place_in_step(start)
+        if inside:
             raise ValueError(
                 f"the checkpoint was written inside an optimiser step, after micro-batch {inside} of "
-                f"{self.accumulate}: resume from one written after a step"
+                f"{accumulate}: resume from one written after a step"
             )
-        self.start = start
+        # A step may now have another number of micro-batches.
+        self.start = start // accumulate * self.accumulate if plan.endless else start
 
     def _position(self) -> int:
         """Return the micro-batch that comes next, counted from the beginning of the run."""

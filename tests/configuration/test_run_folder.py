@@ -21,8 +21,15 @@ def config(tmp_path):
         "resume": "auto",
         "seed": 1,
         "model": {"config": {"hidden_size": 8}},
-        "data": {"path": "x", "num_workers": 0, "max_steps": 10},
-        "trainer": {"max_steps": 10, "accumulate_grad_batches": 1, "precision": "32-true", "gradient_clip_val": 1.0},
+        "data": {"path": "x", "num_workers": 0, "max_steps": 10, "batch_size": 4},
+        "trainer": {
+            "devices": 1,
+            "accelerator": "cpu",
+            "max_steps": 10,
+            "accumulate_grad_batches": 1,
+            "precision": "32-true",
+            "gradient_clip_val": 1.0,
+        },
     }
 
 
@@ -64,8 +71,11 @@ def test_other_options_refuse_and_free_ones_do_not(config):
     config["data"]["num_workers"] = 4
     config["trainer"]["max_steps"] = config["data"]["max_steps"] = 50
     assert open_run(config)[0] == folder
-    config["trainer"]["accumulate_grad_batches"] = 2
-    with pytest.raises(ValueError, match="accumulate_grad_batches: 1 -> 2"):
+    config["data"]["batch_size"], config["trainer"]["accumulate_grad_batches"] = 2, 2
+    config["sequences_per_step"] = 4
+    assert open_run(config)[0] == folder
+    config["sequences_per_step"] = 8
+    with pytest.raises(ValueError, match="sequences_per_step: 4 -> 8"):
         open_run(config)
 
 
