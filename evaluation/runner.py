@@ -65,23 +65,15 @@ def evaluate_task(
     ``predictions.jsonl`` in the order of the examples, and ``metrics.json`` with the protocol.
 
     Args:
-        task: what is asked.
         patch: how the model reads the context; None: as it is.
         model: a causal language model in evaluation mode.
-        tokenizer: its tokenizer.
         examples: the questions (`Task.read`).
         output_dir: a folder of its own.
-        max_context_tokens: tokens of a context at most.
-        truncation: what a longer context loses; see `evaluation.prompts.PromptOptions`.
-        instruction: where the instruction stands.
-        batch_size: examples answered together.
-        rank: number of this process.
-        world_size: number of processes.
+        max_context_tokens: as ``truncation``, ``instruction``, ``chat_template`` and ``max_prompt_tokens`` an option of
+            `evaluation.prompts.PromptOptions`.
         max_new_tokens: instead of the task's own.
-        chat_template: True: refuse a tokenizer without one; None: the task's own wish, where there is a template.
         scoring: ``generate``, or ``teacher_forced``: whether every token of the right answer is the likeliest
             (``score``), and its negative log-likelihood.
-        max_prompt_tokens: tokens of instruction, query and context (or one piece of it) at most.
 
     Returns:
         The metrics; None as long as other processes are at work.
