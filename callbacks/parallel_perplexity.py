@@ -16,6 +16,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from callbacks.equal_calls import EqualCalls
@@ -32,6 +33,7 @@ class ParallelPerplexity(pl.Callback):
 
     Of each row of the first validation loader all but the last ``keep_tail + unsplit`` tokens are context, cut into d
     pieces; the rest is the query, of which the last ``keep_tail`` tokens are scored. Degree 1 is ordinary perplexity.
+    Shorter rows are left out.
 
     Args:
         degrees: numbers of pieces.
@@ -130,6 +132,13 @@ class ParallelPerplexity(pl.Callback):
         if trainer.sanity_checking or self._sums is None:
             return
         sums = trainer.strategy.reduce(self._sums.to(pl_module.device), reduce_op="sum").tolist()
+        if not sums[0][1]:
+            self._sums = None
+            rank_zero_warn(
+                f"ParallelPerplexity scored nothing: no validation row is longer than {self.cut.num_query_tokens} tokens; "
+                "lower callbacks.parallel_perplexity.keep_tail, or leave it out with ~callbacks.parallel_perplexity"
+            )
+            return
         self.results = {degree: _report(*row) for degree, row in zip(self.patches, sums, strict=True)}
         for degree, report in self.results.items():
             pl_module.log(f"parallel_perplexity/degree_{degree}", report["perplexity"], **SAME_ON_ALL_RANKS)
@@ -146,7 +155,12 @@ class ParallelPerplexity(pl.Callback):
         self.last_result = state_dict["last_result"]
 
     def _score(self, bound: Any, rows: list[list[int]], calls: EqualCalls) -> Tensor:
-        """Sums of a batch ``[3]``, see `evaluation.parallel_tails.score_tails`."""
+        """Sums of a batch ``[3]``, see `evaluation.parallel_tails.score_tails`; rows without a context are left out."""
+        rows = [row for row in rows if len(row) > self.cut.num_query_tokens]
+        if not rows:
+            calls.meet()
+            calls.meet()
+            return torch.zeros(3, dtype=torch.float64)
         contexts, queries = map(list, zip(*map(self.cut.cut, rows), strict=True))
         if bound.options.prefix == "bos":
             contexts = [_without(bound.prefix_ids(), context) for context in contexts]

@@ -162,10 +162,14 @@ def test_refusals(options, sentence):
         ParallelPerplexity(**options)
 
 
-def test_rows_and_models_that_do_not_fit_are_refused(lab, make_trainer, fit, tmp_path):
-    with pytest.raises(ValueError, match="a row of 16 tokens has no context before its last 16"):
-        trainer = make_trainer(ParallelPerplexity((1,), keep_tail=15, prefix=None))
-        trainer.validate(lab["Module"](lab["tiny_llama"]()), datamodule=lab["Data"](), verbose=False)
+def test_rows_without_a_context_are_left_out(lab, make_trainer):
+    callback = ParallelPerplexity((1, 2), keep_tail=15, prefix=None)
+    with pytest.warns(UserWarning, match="scored nothing: no validation row is longer than 16 tokens"):
+        make_trainer(callback).validate(lab["Module"](lab["tiny_llama"]()), datamodule=lab["Data"](), verbose=False)
+    assert callback.last_result is None and not callback.results
+
+
+def test_models_that_do_not_fit_are_refused(lab, fit, tmp_path):
     module = lab["Module"](lab["tiny_llama"]())
     module.model.config.model_type = "opt"
     with pytest.raises(ValueError, match=r"no parallel context for model type 'opt'.*~callbacks\.parallel_perplexity"):
