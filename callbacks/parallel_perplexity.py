@@ -135,8 +135,8 @@ class ParallelPerplexity(pl.Callback):
         if not sums[0][1]:
             self._sums = None
             rank_zero_warn(
-                f"ParallelPerplexity scored nothing: no validation row is longer than {self.cut.num_query_tokens} tokens; "
-                "lower callbacks.parallel_perplexity.keep_tail, or leave it out with ~callbacks.parallel_perplexity"
+                f"ParallelPerplexity scored nothing: no validation row is longer than {self.cut.num_query_tokens} "
+                "tokens; lower callbacks.parallel_perplexity.keep_tail, or pass ~callbacks.parallel_perplexity"
             )
             return
         self.results = {degree: _report(*row) for degree, row in zip(self.patches, sums, strict=True)}
