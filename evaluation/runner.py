@@ -65,15 +65,22 @@ def evaluate_task(
     ``predictions.jsonl`` in the order of the examples, and ``metrics.json`` with the protocol.
 
     Args:
+        task: what is asked.
         patch: how the model reads the context; None: as it is.
         model: a causal language model in evaluation mode.
+        tokenizer: its tokenizer.
         examples: the questions (`Task.read`).
         output_dir: a folder of its own.
-        max_context_tokens: as ``truncation``, ``instruction``, ``chat_template`` and ``max_prompt_tokens`` an option of
-            `evaluation.prompts.PromptOptions`.
+        max_context_tokens: this and the next two, chat_template and max_prompt_tokens: see `PromptOptions`.
+        truncation: what a longer context loses.
+        instruction: where the instruction stands.
+        batch_size: examples answered together.
+        rank: number of this process.
+        world_size: number of processes.
         max_new_tokens: instead of the task's own.
-        scoring: ``generate``, or ``teacher_forced``: whether every token of the right answer is the likeliest
-            (``score``), and its negative log-likelihood.
+        chat_template: None: the task's own wish, where the tokenizer has one.
+        scoring: ``teacher_forced`` scores whether every token of the right answer is the likeliest, and its NLL.
+        max_prompt_tokens: tokens of the whole prompt (with one piece of the context) at most.
 
     Returns:
         The metrics; None as long as other processes are at work.
@@ -90,13 +97,8 @@ def evaluate_task(
     )
     folder = Path(output_dir)
     claim_folder(folder, protocol, rank)
-    journal = CellJournal(folder / f"predictions.rank{rank}.jsonl")
-    with journal.held(wait=True):
-        journal.mend()
-        done = answers_done(folder)
-        mine = [index for index in range(rank, len(examples), world_size) if index not in done]
-        if mine:
-            _answer(run, examples, mine, batch_size=batch_size, journal=journal)
+    with CellJournal(folder / f"predictions.rank{rank}.jsonl").held(wait=True):
+        _answer(run, examples, range(rank, len(examples), world_size), folder=folder, rank=rank, batch_size=batch_size)
     return publish(folder, len(examples), protocol, rank)
 
 
@@ -130,10 +132,14 @@ def _wants_chat(task: Task, tokenizer: Any, wanted: bool | None) -> bool:
     return has_one and (task.chat_template if wanted is None else wanted)
 
 
-def _answer(
-    run: _Run, examples: Sequence[Example], indices: list[int], *, batch_size: int, journal: CellJournal
-) -> None:
-    """Answer examples, batch by batch, and write each down."""
+def _answer(run: _Run, examples: Sequence[Example], share: range, *, folder: Path, rank: int, batch_size: int) -> None:
+    """Answer what is missing of a process's share, batch by batch, and write each answer down."""
+    journal = CellJournal(folder / f"predictions.rank{rank}.jsonl")
+    journal.mend()
+    done = answers_done(folder)
+    indices = [index for index in share if index not in done]
+    if not indices:
+        return
     shapes: list[Shape] = []
     with answerer(run.model, run.tokenizer, run.patch) as engine, PeakMemory() as memory:
         for batch in _batches(run, examples, indices, batch_size):
