@@ -256,7 +256,6 @@ class SentinelTextDataModule(pl.LightningDataModule):
             "identity": self.train_corpus.identity,
             "seed": self.seed,
             "context_length": self.context_length,
-            "accumulate_grad_batches": self.accumulate,
             "blocks_per_step": self._share().num_ranks * self.accumulate * self.batch_size,
         }
 
