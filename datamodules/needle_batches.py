@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -19,10 +19,26 @@ from torch.utils.data import Dataset
 from datamodules.batch import IGNORED, TokenBatch
 from datamodules.corpus import TokenCorpus
 from datamodules.loading import Share, TrainingPlan
-from datamodules.niah import NeedleSample, NeedleTask
+from datamodules.niah import Int64Array, NeedleSample, NeedleTask
 from datamodules.windows import window_start
 
 LossOn = Literal["all", "answer"]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Samples from one step on.
+
+    Attributes:
+        start: first optimiser step.
+        length: T.
+        decoys: bare values, without a template, that are written over text of the haystack: retrieval that looks for
+            their tokens alone takes them for needles.
+    """
+
+    start: int
+    length: int
+    decoys: int = 0
 
 
 @dataclass(frozen=True)
@@ -33,13 +49,13 @@ class NeedlePlan:
         task: templates, values and places.
         loss_on: targets that count, ``"all"`` or those of the answer.
         depths: grid of depths that the samples go through in turn; None draws places at random.
-        curriculum: (first step, T) pairs, shorter windows first; empty: always the full context length.
+        curriculum: stages in order; empty: always the full context length, without decoys.
     """
 
     task: NeedleTask
     loss_on: LossOn = "all"
     depths: Sequence[float] | None = None
-    curriculum: Sequence[tuple[int, int]] = ()
+    curriculum: Sequence[Stage] = ()
 
     def check(self, context_length: int) -> None:
         """Refuse what cannot be.
@@ -50,22 +66,31 @@ class NeedlePlan:
         if self.loss_on not in get_args(LossOn):
             raise ValueError(f"loss_on is one of {', '.join(get_args(LossOn))}, got {self.loss_on}")
         check_depths(self.depths, self.task)
-        starts = [start for start, _ in self.curriculum]
+        starts = [stage.start for stage in self.curriculum]
         if starts and (starts[0] != 0 or sorted(set(starts)) != starts):
             raise ValueError(f"curriculum begins with step 0 and its steps ascend, got {starts}")
-        for length in {context_length, *(length for _, length in self.curriculum)}:
-            check_needle_length(length, self.task)
-            if length > context_length:
-                raise ValueError(f"the curriculum exceeds context_length={context_length}: {length}")
+        for stage in (Stage(0, context_length), *self.curriculum):
+            check_needle_length(stage.length, self.task)
+            if stage.length > context_length:
+                raise ValueError(f"the curriculum exceeds context_length={context_length}: {stage.length}")
+            if not 0 <= stage.decoys * self.task.key_length <= stage.length:
+                raise ValueError(f"{stage.decoys} decoys of {self.task.key_length} tokens do not fit {stage.length}")
 
-    def length_at(self, step: int, context_length: int) -> int:
-        """Return T of an optimiser step."""
-        past = [length for start, length in self.curriculum if start <= step]
-        return past[-1] if past else context_length
+    def stage_at(self, step: int, context_length: int) -> Stage:
+        """Return what holds at an optimiser step."""
+        past = [stage for stage in self.curriculum if stage.start <= step]
+        return past[-1] if past else Stage(0, context_length)
 
-    def build(self, haystack: Any, *, seed: int, number: int) -> NeedleSample:
+    def build(self, haystack: Int64Array, *, seed: int, number: int, decoys: int = 0) -> NeedleSample:
         """Build sample ``number`` in a haystack ``[T]``."""
         depth = None if self.depths is None else self.depths[number % len(self.depths)]
+        if decoys:
+            generator = np.random.default_rng([seed, number, 1])
+            size = self.task.key_length
+            places = generator.integers(len(haystack) - size + 1, size=decoys)
+            values = generator.integers(*self.task.vocab_range, size=(decoys, size))
+            haystack = haystack.copy()
+            haystack[places[:, None] + np.arange(size)] = values
         return self.task.build(haystack, seed=seed, index=number, depth=depth)
 
 
@@ -102,7 +127,7 @@ class NeedleBatches(Dataset[TokenBatch]):
 
     def __init__(self, corpus: TokenCorpus, plan: TrainingPlan, needles: NeedlePlan, *, share: Share):
         self.corpus, self.plan, self.needles, self.share = corpus, plan, needles, share
-        shortest = min([length for _, length in needles.curriculum], default=plan.context_length)
+        shortest = min([stage.length for stage in needles.curriculum], default=plan.context_length)
         # Samples are numbered as if every step had as many as the one with the most: no number comes twice.
         windows = plan.batch_size * (plan.context_length // shortest)
         self._samples_per_step = share.num_ranks * plan.accumulate * windows
@@ -113,7 +138,8 @@ class NeedleBatches(Dataset[TokenBatch]):
     def __getitem__(self, micro_batch: int) -> TokenBatch:
         plan = self.plan
         step, part = divmod(micro_batch, plan.accumulate)
-        length = self.needles.length_at(step, plan.context_length)
+        stage = self.needles.stage_at(step, plan.context_length)
+        length = stage.length
         size = plan.batch_size * (plan.context_length // length)
         first = (self.share.rank * plan.accumulate + part) * size
         starts, samples, numbers = [], [], []
@@ -121,7 +147,7 @@ class NeedleBatches(Dataset[TokenBatch]):
             start = window_start(plan.seed, step, index, num_tokens=len(self.corpus), length=length)
             number = step * self._samples_per_step + index
             haystack = self.corpus.read(start, start + length)
-            samples.append(self.needles.build(haystack, seed=plan.seed, number=number))
+            samples.append(self.needles.build(haystack, seed=plan.seed, number=number, decoys=stage.decoys))
             starts.append(start)
             numbers.append(number)
         return needle_batch(samples, numbers, starts, loss_on=self.needles.loss_on)

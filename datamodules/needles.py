@@ -11,7 +11,14 @@ from typing import Any
 
 from datamodules.corpus_format import digest
 from datamodules.loading import PlainStateLoader, make_loader
-from datamodules.needle_batches import LossOn, NeedleBatches, NeedlePlan, NeedleValidation, check_needle_length
+from datamodules.needle_batches import (
+    LossOn,
+    NeedleBatches,
+    NeedlePlan,
+    NeedleValidation,
+    Stage,
+    check_needle_length,
+)
 from datamodules.needle_task import corpus_needle_task
 from datamodules.niah import Kind, NeedleTask
 from datamodules.packed_text import PackedTextDataModule
@@ -39,7 +46,8 @@ class NeedleDataModule(PackedTextDataModule):
         align_question: end questions on the first token of a chunk.
         loss_on: targets that count in training, ``all`` or those of the ``answer``.
         depths: grid of depths that the samples go through in turn; None draws places at random.
-        curriculum: (first step, length) pairs of shorter windows to begin with, as many more of them to a batch.
+        curriculum: stages ``[first step, length, decoys]``: shorter windows to begin with, as many more of them to a
+            batch; decoys, 0 where left out, are values without a template, written over the text.
         seed: seed of windows, values and places.
         accumulate_grad_batches: micro-batches of an optimiser step, as the trainer has it.
         eval_lengths: window lengths of validation; default the context length.
@@ -103,7 +111,9 @@ class NeedleDataModule(PackedTextDataModule):
         if vocab_range is not None and len(vocab_range) != 2:
             raise ValueError(f"vocab_range must be two ids [low, high), got {vocab_range}")
         self.eval_samples, self.loss_on, self.depths = eval_samples, loss_on, depths
-        self.curriculum = [(int(step), int(length)) for step, length in curriculum or []]
+        if any(len(stage) not in (2, 3) for stage in curriculum or []):
+            raise ValueError(f"curriculum is a list of [first step, length, decoys], got {curriculum}")
+        self.curriculum = [Stage(*(int(number) for number in stage)) for stage in curriculum or []]
         self.key_length = key_length
         self.eval_key_length = key_length if eval_key_length is None else eval_key_length
         self.task_options: dict[str, Any] = {
@@ -179,7 +189,7 @@ class NeedleDataModule(PackedTextDataModule):
 
     def _identity(self) -> str:
         depths = None if self.depths is None else list(self.depths)
-        stages = [list(stage) for stage in self.curriculum]
+        stages = [[stage.start, stage.length, stage.decoys] for stage in self.curriculum]
         return digest([self.task.identity(), self.loss_on, depths, stages])
 
     def _validation_loader(self, length: int) -> PlainStateLoader:

@@ -6,7 +6,7 @@ import torch
 
 from datamodules.corpus import open_split
 from datamodules.loading import Share, TrainingPlan
-from datamodules.needle_batches import NeedleBatches, NeedlePlan
+from datamodules.needle_batches import NeedleBatches, NeedlePlan, Stage
 from datamodules.needle_task import corpus_needle_task, text_range
 from datamodules.needles import NeedleDataModule
 
@@ -67,13 +67,24 @@ def test_ranks_share_the_samples_of_a_step(tiny_corpus):
 
 
 def test_the_curriculum_fills_batches_with_shorter_windows(tiny_corpus):
-    plan = needles(tiny_corpus, curriculum=[(0, 112), (1, 128), (3, 256)])
+    plan = needles(tiny_corpus, curriculum=[Stage(0, 112), Stage(1, 128), Stage(3, 256)])
     plan.check(256)
     batches = NeedleBatches(open_split(tiny_corpus, "train"), TrainingPlan(256, 2, 0, 4, 1), plan, share=Share())
     shapes = [tuple(batches[step]["input_ids"].shape) for step in range(4)]
     assert shapes == [(4, 112), (4, 128), (4, 128), (2, 256)]
     numbers = [number for step in range(4) for number in batches[step]["sample_index"].tolist()]
     assert len(set(numbers)) == len(numbers)
+
+
+def test_decoys_are_values_without_a_template(tiny_corpus):
+    plan = NeedlePlan(
+        corpus_needle_task(tiny_corpus, "single", chunk_size=16, pad_token_id=257, vocab_range=(48, 58)),
+        curriculum=[Stage(0, 256), Stage(1, 256, 6)],
+    )
+    plan.check(256)
+    batches = NeedleBatches(open_split(tiny_corpus, "train"), TrainingPlan(256, 4, 0, 2, 1), plan, share=Share())
+    digits = [((batch["input_ids"] >= 48) & (batch["input_ids"] < 58)).sum(1) for batch in (batches[0], batches[1])]
+    assert digits[0].tolist() == [10] * 4 and all(20 <= count <= 40 for count in digits[1].tolist())
 
 
 def test_validation_scores_fixed_answers_dealt_to_ranks(tiny_corpus):
@@ -105,6 +116,8 @@ def test_checkpoints_of_other_needles_are_refused(tiny_corpus):
         ({"depths": [0.5], "kind": "multihop", "context_length": 512}, "depths place a single needle"),
         ({"curriculum": [[1, 128]]}, "begins with step 0"),
         ({"curriculum": [[0, 512]]}, "exceeds context_length=256"),
+        ({"curriculum": [[0, 128, 40]]}, "40 decoys of 5 tokens do not fit 128"),
+        ({"curriculum": [[0]]}, "list of .first step, length, decoys."),
         ({"vocab_range": [1]}, "two ids"),
         ({"eval_samples": 0}, "eval_samples must be at least 1"),
     ],
