@@ -3,8 +3,9 @@
 Spans are ``(start, end, close)``: they stay as they are until the token of index ``close`` comes, as in generation
 under a budget. Slots take a share of the budget; where there are more, the oldest are forgotten.
 
-"budget": the entries of the past never exceed what is left of the row, ``T - removal``, as in attention with a sliding
-window. "proportional": at every token, they are at most what is left of the tokens so far, as in local attention.
+"budget": the entries of the past keep to what is left of the row, ``T - removal``, as in attention with a window.
+"proportional": they follow what is left of the tokens so far, as in local attention. Both exceed it where it is small
+beside a span, since folding spares the nearest past; after the last token they meet it exactly.
 """
 
 from collections.abc import Callable

@@ -60,6 +60,8 @@ def test_cells_of_a_method_share_a_model_that_a_later_sweep_reads(tiny_corpus, t
     assert not (tmp_path / "models" / "local_2.safetensors").is_file()
     with pytest.raises(ValueError, match="made with other options"):
         cells(tiny_corpus, **options, max_eval_blocks=2).train("local", 0.5, 1)
+    with pytest.raises(ValueError, match="shared_ratios belong to protocol=exact"):
+        cells(tiny_corpus, **options, protocol="published", text=list)
     first.train("dense", 0.0, 1)
     assert not (tmp_path / "models" / "dense_1.safetensors").is_file()
     assert first.identity() != cells(tiny_corpus).identity()
