@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from functools import cache
 from typing import Literal, get_args
 
-from evaluation.porter import stem
 from evaluation.rouge_bpe import published_scores
 
 Variant = Literal["word", "published_bpe"]
@@ -29,13 +29,14 @@ def rouge(
         variant: ``word``: words are runs of ``[a-z0-9]`` of the lower-case text; counts of n-grams are clipped, the
             longest common subsequence runs over the whole text. ``published_bpe``: texts are byte-pair tokens joined
             by blanks, scored as the published evaluation of DRT does (`evaluation.rouge_bpe`).
-        stemmer: replace words of more than three letters by their stems (`evaluation.porter`).
+        stemmer: replace words of more than three letters by their Porter stems (needs nltk).
 
     Returns:
         ``rouge1``, ``rouge2``, ``rougeL``, each in [0, 1]. A text without words scores 0.
 
     Raises:
-        ValueError: lists of different lengths or empty ones, another variant, or stems of byte-pair tokens.
+        ValueError: lists of different lengths or empty ones, another variant, stems of byte-pair tokens, or stems
+            without nltk.
     """
     if len(predictions) != len(references) or not predictions:
         raise ValueError(f"each text needs one reference, got {len(predictions)} texts and {len(references)}")
@@ -80,7 +81,17 @@ def longest_common_subsequence(one: Sequence[Hashable], two: Sequence[Hashable])
 
 def _words(text: str, *, stemmer: bool) -> list[str]:
     words = WORDS.findall(text.lower())
-    return [stem(word) if len(word) >= STEMMED_LETTERS else word for word in words] if stemmer else words
+    return [_stem()(word) if len(word) >= STEMMED_LETTERS else word for word in words] if stemmer else words
+
+
+@cache
+def _stem() -> Callable[[str], str]:
+    try:
+        from nltk.stem.porter import PorterStemmer
+    except ModuleNotFoundError as error:
+        raise ValueError("stemmer=True needs nltk: pip install nltk, or compare words (stemmer=False)") from error
+    stem: Callable[[str], str] = PorterStemmer().stem
+    return stem
 
 
 def _ngrams(words: Sequence[str], size: int) -> Counter[tuple[str, ...]]:
