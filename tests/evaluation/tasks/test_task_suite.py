@@ -4,8 +4,10 @@ import json
 
 import pytest
 import torch
+import yaml
 
 from configuration.check import check
+from configuration.compose import RECIPES as COMPOSED
 from configuration.compose import compose, recipe_names
 from configuration.errors import exit_with_sentence
 from configuration.targets import build
@@ -18,13 +20,18 @@ from patches.parallel_context import KeepPieces, ParallelContext
 from .conftest import tiny_llama
 
 PLAIN = ("longbench", "infinitebench", "helmet", "ruler", "ruler_files")
-RECIPES = [name for name in recipe_names("eval") if any(f in name for f in ("bench", "helmet", "ruler"))]
+KINDS = ("recent", "middle", "all")
+RECIPES = [
+    name
+    for name in recipe_names("eval")
+    if any(family in name for family in ("bench", "helmet", "ruler")) and not name.endswith(KINDS)
+]
 
 
 @pytest.fixture
 def suite(tokenizer):
     def make(source=None, **options):
-        source = source or GeneratedTasks(["passkey"], [400, 500], num_examples=2)
+        source = source or GeneratedTasks(["passkey"], [400, 500], num_examples=1)
         return TaskSuite(tiny_llama, source, tokenizer=tokenizer, device="cpu", **{"max_new_tokens": 4} | options)
 
     return make
@@ -180,6 +187,17 @@ def test_every_recipe_composes_and_builds(name):
     check(config)
     suite = build(config["task"])
     assert suite.source.cells() and (suite.patch is None) == (name in PLAIN)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_calibrations_differ_in_their_region_alone(kind):
+    sink, other = (
+        yaml.safe_load((COMPOSED / f"parallelcomp_llama2_longbench_calibrated_{name}.yaml").read_text())
+        for name in ("sink", kind)
+    )
+    assert other["name"].endswith(kind) and other["label"] == f"calibrated_{kind}"
+    assert other["patch"].pop("calibration") == {"kind": kind} and sink["patch"].pop("calibration") == {"kind": "sink"}
+    assert {**other, "name": "", "label": ""} == {**sink, "name": "", "label": ""}
 
 
 def test_the_command(monkeypatch, capsys, tmp_path):
