@@ -63,6 +63,8 @@ def model_fingerprint(model: Any) -> str:
     hasher = hashlib.sha256(type(model).__name__.encode())
     for name, weight in model.named_parameters():
         flat = weight.detach().reshape(-1)
-        picked = flat[torch.linspace(0, len(flat) - 1, min(SAMPLES, len(flat))).long().to(flat.device)]
+        count = min(SAMPLES, len(flat))
+        # In whole numbers: float32 rounds the last place of a large weight to one behind its end.
+        picked = flat[torch.arange(count, device=flat.device) * (len(flat) - 1) // max(1, count - 1)]
         hasher.update(f"{name}{tuple(weight.shape)}{picked.float().cpu().tolist()}".encode())
     return "sha256:" + hasher.hexdigest()
