@@ -20,8 +20,10 @@ import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from callbacks.checkpoint_folder import FSDP_META, flush_folder, gathered_shards, metadata_of, verify
+from callbacks.termination import Termination
 from callbacks.zero_checkpoint import zero_state_dict
 from evaluation.results import write_text
 
@@ -56,7 +58,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 class StepCheckpoint(Checkpoint):
-    """Save ``step_<n>.ckpt`` every so many optimiser steps and when training ends; keep the newest and the best.
+    """Save ``step_<n>.ckpt`` every so many optimiser steps and when training ends, by SIGTERM or by itself.
+
+    The newest and the best are kept.
 
     Which of them are surplus is read off the folder after every save, so any number of kills and resumes leaves as many
     as are asked for.
@@ -90,21 +94,39 @@ class StepCheckpoint(Checkpoint):
         self.folder, self.every_n_train_steps = Path(dirpath), every_n_train_steps
         self.keep_last, self.keep_best, self.monitor = keep_last, keep_best, monitor
         self._saved_step = 0
+        self.termination = Termination()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The step that training starts from needs no file."""
         self._saved_step = trainer.global_step
+        self.termination.watch()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save after a step that is due."""
-        if trainer.global_step % self.every_n_train_steps == 0:
+        """Save after a step that is due, and the one at which SIGTERM ends the run."""
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        ending = self.termination.agreed(trainer)
+        if ending or trainer.global_step % self.every_n_train_steps == 0:
             self._save(trainer)
+        if ending and trainer.global_step < trainer.max_steps:
+            raise SIGTERMException
+
+    def on_validation_batch_end(self, trainer: pl.Trainer, *arguments: Any) -> None:
+        """SIGTERM does not wait for the end of a validation."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking and self.termination.agreed(trainer):
+            self._save(trainer)
+            raise SIGTERMException
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save the last step."""
         self._save(trainer)
+        self.termination.leave()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Take no more signals."""
+        self.termination.leave()
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save a step that is among the best."""

@@ -21,6 +21,7 @@ from configuration.errors import Stopped
 from configuration.export import restored_module, save_model_folder
 from configuration.quiet import quiet
 from configuration.run_folder import open_run, versions, write_start
+from configuration.run_lock import naming_lost_processes, only_run_in
 from configuration.step_size import settle_step_size
 from configuration.targets import build
 from evaluation.results import write_json
@@ -47,13 +48,14 @@ def run(config: dict[str, Any], say: Callable[[str], None] = lambda _: None) -> 
     module = build(config["module"], "module")
     data = build_data(config)
     check_vocabulary(config, data)
-    if trainer.is_global_zero:
-        write_start(folder, config)
-        copy_tokenizer(data.tokenizer_path, folder / "tokenizer")
-        say(f"{'resuming ' + str(checkpoint) if checkpoint else 'starting'} -> {folder}")
-    with stopping_in_order(trainer, config):
-        trainer.fit(module, datamodule=data, ckpt_path=checkpoint and str(checkpoint), weights_only=True)
-        finish(trainer, module, data, config=config)
+    with only_run_in(folder, first=trainer.is_global_zero):
+        if trainer.is_global_zero:
+            write_start(folder, config)
+            copy_tokenizer(data.tokenizer_path, folder / "tokenizer")
+            say(f"{'resuming ' + str(checkpoint) if checkpoint else 'starting'} -> {folder}")
+        with stopping_in_order(trainer, config), naming_lost_processes(trainer.world_size > 1):
+            trainer.fit(module, datamodule=data, ckpt_path=checkpoint and str(checkpoint), weights_only=True)
+            finish(trainer, module, data, config=config)
     if trainer.is_global_zero:
         say(f"metrics: {folder / 'metrics.json'}")
         if config["export_model"]:
