@@ -1,4 +1,5 @@
 # make quickstart   train, evaluate and plot a small DRT beside its baseline on this machine
+# make needle       train, evaluate and plot a small DRT that finds needles at 64 times its training length
 # make test         everything that needs no GPU
 # make lint         style and types
 # make bench        the CPU benchmark rows
@@ -11,7 +12,7 @@ BIN := $(VENV)/bin
 # Threads that wait without spinning: on a busy machine spinning costs more than it saves.
 export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: quickstart test lint bench env env-dev clean
+.PHONY: quickstart needle test lint bench env env-dev clean
 
 quickstart: env
 	$(BIN)/python train.py recipe=quickstart
@@ -19,6 +20,12 @@ quickstart: env
 	$(BIN)/python eval.py recipe=quickstart_perplexity
 	$(BIN)/python generate.py model.path=runs/quickstart_laptop/model prompt='def main(' task.max_new_tokens=80 task.temperature=0.7
 	@echo "figures: runs/quickstart_perplexity/*.png   training: .venv/bin/tensorboard --logdir runs"
+
+needle: env
+	$(BIN)/python train.py recipe=needle_laptop
+	$(BIN)/python train.py recipe=needle_laptop_sliding_window
+	$(BIN)/python eval.py recipe=needle_laptop_passkey
+	@echo "figure: runs/needle_laptop_passkey/passkey.png"
 
 test: env-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses=8
