@@ -9,7 +9,6 @@ validation ends.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
@@ -21,6 +20,7 @@ from torch import Tensor
 from evaluation.loading import load_model
 from evaluation.long_ppl import full_context_nll, key_tokens, long_ppl_sums, short_context_nll
 from evaluation.position_loss import bucket_nll
+from evaluation.scoring import perplexity_of
 
 # Lightning asks for a reduction of what is reduced already; the maximum of equal numbers is each of them.
 SAME_ON_ALL_RANKS: dict[str, Any] = {"sync_dist": True, "reduce_fx": "max"}
@@ -94,7 +94,7 @@ class LongPerplexity(pl.Callback):
         buckets = len(self.edges) - 1
         found = {"key_token_share": key_count / targets} if targets else {}
         if key_count:
-            found["long_ppl"] = math.exp(key_sum / key_count)
+            found["long_ppl"] = perplexity_of(key_sum / key_count)
         for (a, b), nll, count in zip(pairwise(self.edges), sums[3 : 3 + buckets], sums[3 + buckets :], strict=True):
             if count:
                 found[f"ce_{a}_{b}"] = nll / count

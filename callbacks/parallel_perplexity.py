@@ -22,6 +22,7 @@ from torch import Tensor
 from callbacks.equal_calls import EqualCalls
 from evaluation.loading import load_tokenizer
 from evaluation.parallel_tails import TailCut, score_tails
+from evaluation.scoring import perplexity_of
 from patches.parallel_context import ParallelContext, SelectiveAttention
 
 # Lightning asks for a reduction of what is reduced already; the maximum of equal numbers is each of them.
@@ -185,6 +186,6 @@ def _report(nll_sum: float, num_targets: float, entropy_sum: float) -> dict[str,
     return {
         "nll_sum": nll_sum,
         "num_targets": int(num_targets),
-        "perplexity": math.exp(loss) if not loss > 700 else math.inf,
+        "perplexity": perplexity_of(loss),
         "entropy": entropy_sum / num_targets if num_targets else math.nan,
     }

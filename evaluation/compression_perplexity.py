@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from evaluation.scoring import perplexity_of
 from losses.output_head import evaluation_mode
 from patches.compressed_rows import Compression, Method, forward_under, label_nll, plain_rows
 from patches.rules import dense_mask, scattered_keep
@@ -215,8 +216,8 @@ def _report(parts: Sequence[Mapping[str, Any]], weighting: str) -> dict[str, Any
     for name in GROUPS:
         nll_sum, count = math.fsum(part[name][0] for part in parts), sum(part[name][1] for part in parts)
         report |= {f"nll_sum{name}": nll_sum, f"num_targets{name}": count}
-        report[f"perplexity{name}"] = math.exp(nll_sum / count) if count else None
+        report[f"perplexity{name}"] = perplexity_of(nll_sum / count) if count else None
     if weighting == "batch":
         means = [part[""][0] / part[""][1] for part in parts]
-        report["perplexity"] = math.exp(math.fsum(means) / len(means))
+        report["perplexity"] = perplexity_of(math.fsum(means) / len(means))
     return report

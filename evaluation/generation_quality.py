@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from evaluation.rouge import rouge
+from evaluation.scoring import perplexity_of
 from losses.output_head import evaluation_mode
 
 Judge = Callable[[Sequence[str]], Mapping[str, float]]
@@ -113,7 +114,7 @@ def judge_perplexity(
             sums.append((float(nll.double().sum()), len(nll)))
     total = sum(count for _, count in sums)
     return {
-        "mean_text": math.fsum(math.exp(value / count) for value, count in sums) / len(sums) if sums else None,
-        "corpus": math.exp(math.fsum(value for value, _ in sums) / total) if total else None,
+        "mean_text": math.fsum(perplexity_of(value / count) for value, count in sums) / len(sums) if sums else None,
+        "corpus": perplexity_of(math.fsum(value for value, _ in sums) / total) if total else None,
         "num_targets": total,
     }

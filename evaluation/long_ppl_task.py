@@ -29,7 +29,7 @@ from evaluation.long_ppl import (
 from evaluation.model_paths import HUB, check_model, identity_of, named_models
 from evaluation.positions import position_edges
 from evaluation.results import csv_text, digest, git_commit, json_text, read_json, text_table, write_json, write_text
-from evaluation.scoring import choose_device
+from evaluation.scoring import choose_device, perplexity_of
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 COLUMNS = ("model", "long_ppl", "num_key_tokens", "perplexity", "num_targets", "key_nll_sum", "nll_sum", "seconds")
@@ -233,7 +233,7 @@ def _summary(documents: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _perplexity(nll_sum: float, count: float) -> float | None:
-    return math.exp(nll_sum / count) if count else None
+    return perplexity_of(nll_sum / count) if count else None
 
 
 def _position_curve(documents: Sequence[Mapping[str, Any]], length: int) -> dict[str, Any]:

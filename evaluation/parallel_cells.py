@@ -16,6 +16,7 @@ from evaluation.parallel_journal import CellJournal
 from evaluation.parallel_plan import Segments, Setting, attention_cost, described
 from evaluation.parallel_tails import TailCut, score_tails
 from evaluation.results import digest
+from evaluation.scoring import perplexity_of
 from patches.parallel_context import ParallelContext
 
 
@@ -96,7 +97,6 @@ class Cell:
         }
         num_targets = sum(sum(line["num_targets"]) for line in lines)
         nll_sum = math.fsum(sums["nll_sum"])
-        loss = nll_sum / num_targets
         peaks = [line["peak_bytes"] for line in lines]
         return {
             "model": self.model,
@@ -104,7 +104,7 @@ class Cell:
             **self.setting._asdict(),
             "nll_sum": nll_sum,
             "num_targets": num_targets,
-            "perplexity": math.exp(loss) if not loss > 700 else math.inf,
+            "perplexity": perplexity_of(nll_sum / num_targets),
             "entropy": math.fsum(sums["entropy_sum"]) / num_targets,
             "attention_cost": math.fsum(sums["attention_cost"]) / len(self.segments),
             "num_segments": len(self.segments),

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from evaluation.compression_perplexity import compression_of
+from evaluation.scoring import perplexity_of
 from losses.output_head import evaluation_mode
 from patches.compressed_rows import Method, forward_under, label_nll, plain_rows
 from patches.sentinel.layout import IGNORED, SpanLayout
@@ -62,7 +63,7 @@ def published_perplexity(
         counts += number
         achieved += float(_removed(layout, method, kept, compression_ratio).sum())
     return {
-        "perplexity": math.exp(math.fsum(means) / len(means)),
+        "perplexity": perplexity_of(math.fsum(means) / len(means)),
         "nll_sum": math.fsum(sums),
         "num_targets": counts,
         "achieved_ratio": achieved / len(blocks),

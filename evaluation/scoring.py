@@ -64,10 +64,13 @@ def mean_report(nll_sum: float, num_targets: int, bytes_per_token: float | None)
     None where the bytes are not known.
     """
     loss = nll_sum / num_targets if num_targets else math.nan
-    # exp(710) exceeds a float64: an untrained or broken model reports infinity, not an error.
-    perplexity = math.exp(loss) if not loss > 700 else math.inf
     bits = loss / math.log(2) / bytes_per_token if bytes_per_token else None
-    return {"loss": loss, "perplexity": perplexity, "bits_per_byte": bits}
+    return {"loss": loss, "perplexity": perplexity_of(loss), "bits_per_byte": bits}
+
+
+def perplexity_of(loss: float) -> float:
+    """Return exp(loss) of a mean loss in nats; an untrained or broken model has an infinite one, not an error."""
+    return math.exp(loss) if not loss > 700 else math.inf  # exp(710) exceeds a float64
 
 
 @contextlib.contextmanager

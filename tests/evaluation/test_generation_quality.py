@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -53,6 +54,14 @@ def test_all_scores_together():
     assert scores["repetition"] == pytest.approx((1 / 5) / 2)
     assert scores["bertscore_f1"] == 0.75 and scores["judge_perplexity_mean_text"] == 2.0
     assert {f"distinct_{n}" for n in range(1, 5)} < scores.keys()
+
+
+def test_a_judge_that_is_sure_of_other_tokens_finds_an_infinite_perplexity(llama, monkeypatch):
+    sure = torch.full((1, 3, 61), 0.0)
+    sure[..., 60] = 2000.0
+    monkeypatch.setattr(llama, "forward", lambda **inputs: SimpleNamespace(logits=sure))
+    found = judge_perplexity(llama, [[1, 2, 3]])
+    assert found == {"mean_text": math.inf, "corpus": math.inf, "num_targets": 2}
 
 
 def test_judge_perplexity_is_that_of_loops(llama):
