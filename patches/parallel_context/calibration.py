@@ -4,6 +4,7 @@ Legend: G kv heads, N context slots.
 """
 
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Literal
 
 import torch
@@ -16,7 +17,11 @@ KINDS = ("sink", "recent", "middle", "all")
 
 @dataclass(frozen=True)
 class Calibration:
-    """Remove slots whose attention lies above a threshold, in layers i..j inclusive, during the query (2502.14317)."""
+    """Remove slots whose attention lies above a threshold, in layers i..j inclusive, during the query (2502.14317).
+
+    A quantile q is taken of the attention of each kv head on its N context slots: the value of rank floor(q (N - 1)),
+    the lowest being 0. At most the N - 1 - floor(q (N - 1)) slots above it are abnormal, whatever the length.
+    """
 
     kind: Literal["sink", "recent", "middle", "all"] = "sink"
     """Region: the first `margin` slots, the last `margin`, those between, or all."""
@@ -27,6 +32,8 @@ class Calibration:
     margin: int = 100
     apply: Literal["pass", "cache"] = "pass"
     """"pass": from the query pass on, which is recomputed; "cache": while decoding only."""
+    threshold_kind: Literal["absolute", "quantile"] = "absolute"
+    """Whether `threshold` is an attention weight, or a quantile of the weights of each head."""
 
     def __post_init__(self) -> None:
         check_choice("kind", self.kind, KINDS)
@@ -41,6 +48,7 @@ class Calibration:
         check_count("rows", self.rows, 0)
         check_count("margin", self.margin, 0)
         check_choice("apply", self.apply, ("pass", "cache"))
+        check_choice("threshold_kind", self.threshold_kind, ("absolute", "quantile"))
 
     def abnormal(self, attention: Tensor) -> Tensor:
         """Say which slots of ``[..., N]`` lie above the threshold inside the region."""
@@ -51,7 +59,15 @@ class Calibration:
             "middle": (place > self.margin) & (place < length - self.margin),
             "all": place >= 0,
         }[self.kind]
-        return (attention > self.threshold) & region
+        return (attention > self._bound(attention)) & region
+
+    def _bound(self, attention: Tensor) -> Tensor | float:
+        """Return what abnormal slots of ``[..., N]`` exceed: a number, or one of each head ``[..., 1]``."""
+        if self.threshold_kind == "absolute" or not attention.numel():
+            return self.threshold
+        # Exact, because in binary floating point 0.29 x 100 lies below 29.
+        rank = int(Fraction(str(self.threshold)) * (attention.shape[-1] - 1))
+        return attention.kthvalue(rank + 1, -1, keepdim=True).values
 
     def keep(self, attention: Tensor) -> Tensor:
         """Choose the slots to keep; every head loses as many as the head with most abnormal slots.

@@ -155,7 +155,7 @@ class BoundContext:
     def _check_pieces(self, rows: list[list[list[int]]], query_ids: Any) -> None:
         """Raise a ValueError where a policy lacks the query, or cannot serve so many pieces."""
         policy, eviction = self.options.piece_policy, self.options.eviction
-        if query_ids is None and policy is not None and policy.score == "nll":
+        if query_ids is None and policy is not None and policy.needs_query:
             raise ValueError("KeepPieces scores pieces by the query: encode(pieces, query_ids=...)")
         if query_ids is None and eviction is not None and eviction.needs_query:
             raise ValueError("TokenEviction observes the query: encode(pieces, query_ids=...), or observe='piece'")

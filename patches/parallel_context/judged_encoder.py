@@ -36,9 +36,8 @@ class _Row:
         """Take a judged piece and drop the worst beyond what the policy keeps."""
         self.kept.append(kept)
         self.scores[kept.piece.number] = kept.score
-        if policy is not None and policy.score == "nll":
-            sign = 1.0 if policy.order == "best" else -1.0
-            self.kept.sort(key=lambda one: (sign * (one.score or 0.0), one.piece.number))
+        if policy is not None and policy.needs_query:
+            self.kept.sort(key=lambda one: (policy.rank(one.score or 0.0), one.piece.number))
             del self.kept[policy.keep :]
 
     def finish(self) -> list[KeptPiece]:
@@ -105,7 +104,7 @@ def _assemble(rows: list[_Row], parts: list[KeyPart], options: ParallelContext, 
         following = torch.tensor(after, dtype=following.dtype)
     layers = [_assemble_layer(kept, parts, layer, following.dtype) for layer in range(_num_layers(kept, parts))]
     keys, values, places, segments = (list(x) for x in zip(*layers, strict=True))
-    scored = options.piece_policy is not None and options.piece_policy.score == "nll"
+    scored = options.piece_policy is not None and options.piece_policy.needs_query
     return PieceCache(
         keys=keys,
         values=values,

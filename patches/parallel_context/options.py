@@ -61,12 +61,16 @@ class SelectiveAttention:
 
 @dataclass(frozen=True)
 class KeepPieces:
-    """Keep whole pieces by how well they predict the query: the lowest mean NLL per token (arXiv 2502.14317)."""
+    """Keep the best whole pieces, each judged by the query read behind prefix and that piece alone.
+
+    "nll": the lowest mean negative log-likelihood of the query per token (arXiv 2502.14317). "attention": the greatest
+    mean attention of the query on the piece, over layers, heads and query tokens; longer pieces get more of it.
+    """
 
     keep: int = 3
-    score: Literal["nll", "random"] = "nll"
+    score: Literal["nll", "attention", "random"] = "nll"
     query_tokens: int | None = None
-    """Score only the last tokens of the query; None: all."""
+    """Look only at the last tokens of the query; None: at all."""
     order: Literal["best", "worst"] = "best"
     """"worst" keeps the worst pieces: a control."""
     seed: int = 0
@@ -74,13 +78,22 @@ class KeepPieces:
 
     def __post_init__(self) -> None:
         check_count("keep", self.keep)
-        check_choice("score", self.score, ("nll", "random"))
+        check_choice("score", self.score, ("nll", "attention", "random"))
         if self.query_tokens is not None:
             check_count("query_tokens", self.query_tokens)
         check_choice("order", self.order, ("best", "worst"))
         check_count("seed", self.seed, 0)
         if self.score == "random" and (self.query_tokens is not None or self.order != "best"):
             warnings.warn("query_tokens and order have no effect on random scores", stacklevel=3)
+
+    @property
+    def needs_query(self) -> bool:
+        """Whether encoding needs the query."""
+        return self.score != "random"
+
+    def rank(self, score: float) -> float:
+        """Return a number that is lower for pieces that are kept first."""
+        return score if (self.score == "nll") == (self.order == "best") else -score
 
 
 @dataclass(frozen=True)

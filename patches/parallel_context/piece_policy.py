@@ -20,7 +20,9 @@ from patches.parallel_context.hook import ModelHook
 from patches.parallel_context.inputs import IGNORE_INDEX
 from patches.parallel_context.key_groups import KeyPart
 from patches.parallel_context.meters import Recorder
+from patches.parallel_context.options import KeepPieces
 from patches.parallel_context.patch import ParallelContext
+from patches.parallel_context.piece_share import PieceShare, both
 from patches.parallel_context.problem import Problem
 from patches.parallel_context.query_pass import Context, QueryPass
 from patches.parallel_context.scoring import score_hidden
@@ -33,7 +35,7 @@ class KeptPiece:
 
     piece: Piece
     score: float | None
-    """Mean NLL of the query behind prefix and piece."""
+    """Mean NLL of the query behind prefix and piece, or its mean attention on the piece."""
     layers: list[tuple[Tensor, Tensor, Tensor]]
     """Keys and values ``[G, n, D]`` and positions ``[G or 1, n]`` of each layer."""
 
@@ -57,7 +59,8 @@ class PieceJudge:
         self._hook, self._options, self._prefix, self._queries = hook, options, prefix, queries
         eviction = options.eviction
         self._eviction = eviction if eviction is not None and eviction.stage == "piece" else None
-        self._scores = options.piece_policy is not None and options.piece_policy.score == "nll"
+        policy = options.piece_policy
+        self._policy = policy if policy is not None and policy.needs_query else None
         self._offset = prefix[0].keys.shape[2] if prefix else 0
         # Piece scores and observations are plain, whatever policies the query has.
         self._plain = ParallelContext(
@@ -79,13 +82,13 @@ class PieceJudge:
         device = self._hook.device
         hidden = self._hook.forward(tokens.to(device), places.to(device), attention)
         scores: list[float | None] = [None] * len(pieces)
-        if self._scores or self._watch(batch, "query") is not None:
+        if self._policy is not None or self._watch(batch, "query") is not None:
             found = self._read_queries(batch, places, starts, last_valid(hidden, batch.lengths))
-            scores = list(found) if self._scores else scores
+            scores = list(found) or scores
         return [batch.take(index, places, score) for index, score in enumerate(scores)]
 
     def _read_queries(self, batch: "_MicroBatch", places: Tensor, starts: Tensor, last: Tensor) -> list[float]:
-        """Read each piece's query behind prefix and piece alone; returns the mean NLLs."""
+        """Read each piece's query behind prefix and piece alone; returns the scores, none without a policy."""
         assert self._queries is not None
         counts = tuple(((0, length),) for length in batch.lengths)
         layers = [
@@ -101,16 +104,19 @@ class PieceJudge:
             capacity=tokens.shape[1],
             recorder=Recorder((), self._hook.num_layers),
         )
-        query.watch = self._watch(batch, "query")
+        policy, evicted = self._policy, self._watch(batch, "query")
+        share = PieceShare(batch.lengths, self._offset, 0 if policy is None else policy.query_tokens or 0)
+        by_attention = policy is not None and policy.score == "attention"
+        query.watch = both(share if by_attention else None, evicted)
         hidden = query.forward(tokens, lengths)
-        if not self._scores:
+        if policy is None:
             return []
-        return self._mean_nll(torch.cat([last[:, None], hidden[:, :-1]], 1), tokens, lengths)
+        if by_attention:
+            return share.means()
+        return self._mean_nll(policy, torch.cat([last[:, None], hidden[:, :-1]], 1), tokens, lengths)
 
-    def _mean_nll(self, hidden: Tensor, tokens: Tensor, lengths: list[int]) -> list[float]:
+    def _mean_nll(self, policy: KeepPieces, hidden: Tensor, tokens: Tensor, lengths: list[int]) -> list[float]:
         """Return the mean NLL of the last query tokens under the hidden states before them."""
-        policy = self._options.piece_policy
-        assert policy is not None
         wanted = last_rows(lengths, tokens.shape[1], policy.query_tokens or 0)
         targets = tokens.masked_fill(~wanted, IGNORE_INDEX)
         nll, _ = score_hidden(self._hook, hidden, targets, return_logits=False, workspace=self._plain.workspace)

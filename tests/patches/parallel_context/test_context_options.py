@@ -38,6 +38,8 @@ REFUSED = [
     (Calibration, {"threshold": 1.5}),
     (Calibration, {"rows": -1}),
     (Calibration, {"apply": "always"}),
+    (Calibration, {"threshold_kind": "percent"}),
+    (Calibration, {"threshold_kind": "quantile", "threshold": 1.0}),
     (APE, {"temperature": 0}),
     (APE, {"scale": -1.0}),
     (ParallelContext, {"degree": 0}),

@@ -1,6 +1,7 @@
 """Pieces kept by self-information and slots kept inside each piece, against separate forwards."""
 
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -57,6 +58,34 @@ def test_scores_are_those_of_separate_forwards(mode):
     assert state.num_pieces == [2] and state.lengths == [[LENGTHS[number] for number in best]]
 
 
+def mean_share(model, number, mode, count=None):
+    """What the query's last tokens pay to a piece that they read alone: mean over layers, heads and tokens."""
+    placed, _ = positions(LENGTHS, mode, len(PREFIX))
+    start = start_of(number, mode)
+    reference = Reference(PREFIX, [PIECES[number]], QUERY)
+    reference.places = lambda fractional=False: torch.cat(
+        [torch.arange(len(PREFIX)), placed[number], start + torch.arange(len(QUERY))]
+    )
+    run_reference(model, reference, weights=True)
+    rows = torch.stack(reference.weights)[:, :, -min(count or 99, len(QUERY)) :]
+    return float(rows[..., len(PREFIX) : len(PREFIX) + LENGTHS[number]].sum(-1).mean())
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "mistral_window", "gpt_neox"])
+@pytest.mark.parametrize(("mode", "count"), [("ML", None), ("ME", 2), ("order", 9)])
+def test_attention_on_pieces_is_that_of_separate_forwards(family, mode, count):
+    model, policy = tiny_model(family), KeepPieces(2, score="attention", query_tokens=count)
+    with bind(model, position_mode=mode, piece_policy=policy, micro_batch_tokens=20) as pc:
+        state = pc.encode(PIECES, prefix=PREFIX, query_ids=QUERY)
+    expected = [mean_share(model, number, mode, count) for number in range(4)]
+    assert state.piece_scores[0] == pytest.approx(expected, abs=2e-5)
+    best = sorted(sorted(range(4), key=lambda number: -expected[number])[:2])
+    assert state.source_pieces == [[number + 1 for number in best]]
+    with bind(model, position_mode=mode, piece_policy=replace(policy, order="worst")) as pc:
+        worst = pc.encode(PIECES, prefix=PREFIX, query_ids=QUERY).source_pieces[0]
+    assert worst == sorted({1, 2, 3, 4} - set(state.source_pieces[0]))
+
+
 @pytest.mark.parametrize(
     ("policy", "count"),
     [
@@ -83,8 +112,9 @@ def test_the_kept_pieces_are_selected_pieces(policy, count):
         assert (pc.score(state, QUERY).nll - expected_nll).abs().max() < 1e-9
 
 
-def test_ties_keep_the_earlier_piece():
-    with bind(tiny_model(), position_mode="ML", piece_policy=KeepPieces(2)) as pc:
+@pytest.mark.parametrize("score", ["nll", "attention"])
+def test_ties_keep_the_earlier_piece(score):
+    with bind(tiny_model(), position_mode="ML", piece_policy=KeepPieces(2, score=score)) as pc:
         state = pc.encode([PIECES[0]] * 4, query_ids=QUERY)
         assert state.source_pieces == [[1, 2]]
 
@@ -120,7 +150,9 @@ def test_at_most_the_kept_pieces_are_held(monkeypatch):
 
 
 def test_queries_are_required():
-    for options in ({"piece_policy": KeepPieces()}, {"eviction": TokenEviction()}, {"eviction": TokenEviction("h2o")}):
+    by_attention = KeepPieces(score="attention")
+    policies = ({"piece_policy": KeepPieces()}, {"piece_policy": by_attention})
+    for options in (*policies, {"eviction": TokenEviction()}, {"eviction": TokenEviction("h2o")}):
         with bind(tiny_model(), **options) as pc, pytest.raises(ValueError, match="query_ids"):
             pc.encode(PIECES)
     with bind(tiny_model(), eviction=TokenEviction(observe="piece")) as pc:
@@ -192,6 +224,11 @@ def test_large_capacity_changes_nothing():
 
 POLICIES = {
     "keep": {"piece_policy": KeepPieces(2)},
+    "keep_attention": {"piece_policy": KeepPieces(2, score="attention", query_tokens=2)},
+    "keep_attention_evict": {
+        "piece_policy": KeepPieces(2, score="attention"),
+        "eviction": TokenEviction(capacity=3, observation=2, kernel=3),
+    },
     "keep_random": {"piece_policy": KeepPieces(2, score="random")},
     "keep_evict": {"piece_policy": KeepPieces(2), "eviction": TokenEviction(capacity=3, observation=2, kernel=3)},
     **{name: {"eviction": eviction} for name, eviction in EVICTIONS.items()},

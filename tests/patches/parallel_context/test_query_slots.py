@@ -1,5 +1,8 @@
 """Slots dropped while a query is read: eviction after the pass, dynamic eviction, calibration; token for token."""
 
+import math
+from fractions import Fraction
+
 import pytest
 import torch
 from piece_models import pieces_of, text, tiny_model
@@ -139,6 +142,8 @@ CALIBRATIONS = {
     "recent": Calibration("recent", (0, 1), threshold=0.04, margin=9, rows=3),
     "middle": Calibration("middle", (0, 0), threshold=0.03, margin=4, rows=0),
     "all": Calibration("all", (0, 9), threshold=0.06, rows=2),
+    "quantile": Calibration("all", (0, 2), threshold=0.85, rows=2, threshold_kind="quantile"),
+    "quantile_recent": Calibration("recent", (1, 1), threshold=0.5, margin=9, threshold_kind="quantile"),
 }
 
 
@@ -147,7 +152,9 @@ CALIBRATIONS = {
 @pytest.mark.parametrize("policy", POLICIES)
 def test_calibration(name, apply, policy):
     base, policy = CALIBRATIONS[name], POLICIES[policy]
-    options = {field: getattr(base, field) for field in ("kind", "layers", "threshold", "rows", "margin")}
+    options = {
+        field: getattr(base, field) for field in ("kind", "layers", "threshold", "rows", "margin", "threshold_kind")
+    }
     calibration = Calibration(apply=apply, **options)
     recomputed = Recomputed(**policy)
     first = 0 if apply == "pass" else len(QUERY)
@@ -171,6 +178,26 @@ def test_calibration(name, apply, policy):
     found = generate(calibration=calibration, **policy)
     assert found.token_ids == [recomputed.tokens[len(QUERY) :]]
     assert found.live_slots == [STOP - gone for gone in lost]
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 30, 101])
+@pytest.mark.parametrize("quantile", [0, 0.29, 0.5, 0.9, 0.999])
+@pytest.mark.parametrize("kind", ["all", "sink"])
+def test_quantile_of_each_head(count, quantile, kind):
+    """Slot by slot: abnormal is what more than that share of the other slots of its head lies below, or equals."""
+    torch.manual_seed(0)
+    attention = torch.randint(0, 40, (3, count)).double() / 40  # with ties
+    calibration = Calibration(kind, (0, 0), threshold=quantile, margin=5, threshold_kind="quantile")
+    rank = math.floor(Fraction(str(quantile)) * (count - 1))
+    found = calibration.abnormal(attention)
+    for head in range(3):
+        bound = sorted(attention[head].tolist())[rank]
+        wanted = [bool(x > bound) and (kind == "all" or j < 5) for j, x in enumerate(attention[head])]
+        assert found[head].tolist() == wanted
+    assert found.sum(-1).max() <= count - 1 - rank
+    scaled = calibration.abnormal(attention * torch.tensor([[1.0], [1e-3], [50.0]]))
+    assert torch.equal(found, scaled)  # the size of the weights does not matter
+    assert calibration.keep(attention).shape == (3, count - int(found.sum(-1).max()))
 
 
 def test_calibration_changes_the_scores_of_the_pass_only_when_asked():
