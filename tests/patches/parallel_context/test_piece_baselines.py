@@ -5,9 +5,9 @@ import copy
 import pytest
 import torch
 from piece_models import pieces_of, text, tiny_model
-from piece_reference import _installed
+from piece_reference import Reference, _installed, run_reference
 
-from patches.parallel_context import ParallelContext, TokenEviction, baseline
+from patches.parallel_context import APE, ParallelContext, TokenEviction, baseline
 
 CONTEXT, QUERY = text(30, 1), text(6, 2)
 
@@ -77,6 +77,76 @@ def test_streaming_with_room_is_full_attention():
         with baseline(name, capacity=capacity).bind(model) as pc:
             found = pc.score(pc.encode([CONTEXT]), QUERY, return_logits=True).logits[0]
         assert (found - expected).abs().max() < 2e-5
+
+
+def pcw_reference(model, context, query, size):
+    """One forward: token i of the context at 1 + i mod size, behind the BOS; a window sees the BOS and itself."""
+    step, count = torch.arange(len(context)), 1 + len(context) + len(query)
+    places = torch.cat([torch.zeros(1).long(), 1 + step % size, 1 + size + torch.arange(len(query))])
+    window = torch.cat([torch.tensor([-1]), step // size, torch.full((len(query),), -2)])
+    slot = torch.arange(count)
+    visible = (slot <= slot[:, None]) & ((window == window[:, None]) | (slot == 0) | (window[:, None] == -2))
+    mask = torch.zeros(count, count, dtype=torch.float64).masked_fill(~visible, -1e30)
+    with torch.no_grad():
+        tokens = torch.tensor([[1, *context, *query]])
+        return model(tokens, position_ids=places[None], attention_mask=mask[None, None], use_cache=False).logits[0]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+@pytest.mark.parametrize("size", [7, 13, 40])
+def test_parallel_windows_agree_with_one_masked_forward(family, size):
+    model, patch = tiny_model(family), baseline("pcw", max_piece_tokens=size)
+    context = text({7: 28, 13: 39, 40: 23}[size], 1)
+    with patch.bind(model) as pc:
+        state = pc.encode(patch.split(context))
+        found = pc.score(state, QUERY, return_logits=True).logits[0]
+        tokens = pc.generate(state, QUERY, max_new_tokens=3, eos_token_id=None).token_ids[0]
+    read = list(QUERY)
+    for _ in range(3):
+        read.append(int(pcw_reference(model, context, read, min(size, len(context)))[-1].argmax()))
+    assert (found - pcw_reference(model, context, QUERY, min(size, len(context)))[-6:]).abs().max() < 2e-5
+    assert tokens == read[-3:]
+
+
+def test_adaptive_encoding_sharpens_the_windows():
+    model, patch = tiny_model(), baseline("ape", degree=3)
+    pieces = patch.split(CONTEXT[:29])
+    with patch.bind(model) as pc:
+        found = pc.score(pc.encode(pieces), QUERY, return_logits=True).logits[0]
+    expected = run_reference(model, Reference([1], pieces, QUERY, "ML", ape=APE(0.9, 0.9)))
+    assert (found - expected).abs().max() < 2e-5
+    windows = baseline("pcw", degree=3)
+    with windows.bind(model) as pc:
+        plain = pc.score(pc.encode(windows.split(CONTEXT[:29])), QUERY, return_logits=True).logits[0]
+    assert (found - plain).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["pcw", "ape"])
+def test_a_batch_of_windows_is_its_rows(name):
+    patch, queries = baseline(name, max_piece_tokens=8), [text(4, 7), text(6, 8)]
+    batch = [patch.split(CONTEXT), patch.split(CONTEXT[:9])]
+    with patch.bind(tiny_model()) as pc:
+        found = pc.generate(pc.encode(batch), queries, max_new_tokens=4).token_ids
+        alone = [
+            pc.generate(pc.encode(row), query, max_new_tokens=4) for row, query in zip(batch, queries, strict=True)
+        ]
+    assert [one.token_ids[0] for one in alone] == found
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "sentence"),
+    [
+        ("pcw", {}, "needs degree or max_piece_tokens"),
+        ("ape", {"degree": 2, "max_piece_tokens": 9}, "one of them, got 2 and 9"),
+        ("pcw", {"degree": 2, "capacity": 8}, "keeps every slot"),
+        ("pcw", {"degree": 0}, "degree must be an integer of at least 1"),
+        ("snapkv", {"degree": 2, "capacity": 8}, "belong to pcw and ape"),
+        ("full", {"max_piece_tokens": 2}, "belong to pcw and ape"),
+    ],
+)
+def test_options_of_other_methods_are_refused(name, options, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        baseline(name, **options)
 
 
 def test_streaming_refusals():
