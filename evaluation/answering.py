@@ -108,9 +108,9 @@ class PatchedAnswerer:
                 pieces[row], queries[row] = [*kept, *([last[:-1]] if len(last) > 1 else [])], last[-1:]
             if not pieces[row] and not prefix:
                 pieces[row], queries[row] = [queries[row][:1]], queries[row][1:]
-        started = _now()
+        started = _now(self._plain.device)
         state = self._bound.encode(pieces, prefix, query_ids=queries)
-        return state, queries, _now() - started
+        return state, queries, _now(self._plain.device) - started
 
 
 class PlainAnswerer:
@@ -118,9 +118,9 @@ class PlainAnswerer:
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self._model, self._tokenizer = model, tokenizer
-        self._device = next(model.parameters()).device
-        # Models of the suite do not cut their logits to the last rows.
-        self._cuts = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self.device = next(model.parameters()).device
+        # Models of the suite neither cut their logits to the last rows nor take positions.
+        self._takes = inspect.signature(model.forward).parameters
 
     def generate(self, prompts: Sequence[Prompt], max_new_tokens: int) -> Answers:
         """Continue each prompt greedily."""
@@ -137,8 +137,9 @@ class PlainAnswerer:
     def force(self, prompts: Sequence[Prompt], targets: Sequence[list[int]]) -> Answers:
         """Score the right answers behind the prompts."""
         inputs, mask = self._padded([p.tokens + t[:-1] for p, t in zip(prompts, targets, strict=True)])
-        longest = max(map(len, targets))
-        options = {"logits_to_keep": longest} if self._cuts else {}
+        # Embedded positions, unlike rotary ones, count the padding in front unless they are given.
+        known = {"logits_to_keep": max(map(len, targets)), "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+        options = {name: value for name, value in known.items() if name in self._takes}
         with torch.inference_mode():
             logits = self._model(inputs, attention_mask=mask, **options).logits
         return Answers([_forced(logits[row, -len(t) :], t) for row, t in enumerate(targets)], float("nan"))
@@ -149,7 +150,7 @@ class PlainAnswerer:
         width = max(map(len, rows))
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
         inputs = torch.tensor([[0] * (width - len(row)) + row for row in rows])
-        return inputs.to(self._device), mask.to(self._device)
+        return inputs.to(self.device), mask.to(self.device)
 
 
 def join_prefix(front: list[int], ids: list[int], tokenizer: Any) -> list[int]:
@@ -171,7 +172,7 @@ def _padded(rows: list[list[int]], value: int) -> list[list[int]]:
     return [row + [value] * (width - len(row)) for row in rows]
 
 
-def _now() -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     return time.perf_counter()
