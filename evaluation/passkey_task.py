@@ -143,7 +143,7 @@ class PasskeyTask:
         haystack = read_haystack(self.stream, index, num_tokens)
         sample = self.task.build(haystack, seed=self.seed, index=index, depth=depth)
         start = time.perf_counter()
-        with PeakMemory() as memory:
+        with PeakMemory(self.device) as memory:
             found = answer_sample(model, sample, segment_length=self.segment_length, report=report)
             peak = memory.bytes()
         place = {"length": length, "num_tokens": num_tokens, "index": index, "depth": depth}

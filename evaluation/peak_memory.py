@@ -11,13 +11,19 @@ _CLEAR, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
 
 class PeakMemory:
-    """Counts from its ``with`` on."""
+    """Counts from its ``with`` on.
+
+    Args:
+        device: where the work is done; memory of a CUDA device is its own, else the process counts.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._cuda = device, device.type == "cuda"
 
     def __enter__(self) -> PeakMemory:
         """Begin to count."""
-        self._cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
         if self._cuda:
-            torch.cuda.reset_peak_memory_stats()
+            torch.cuda.reset_peak_memory_stats(self._device)
         self._linux = not self._cuda and _reset()
         return self
 
@@ -29,7 +35,7 @@ class PeakMemory:
     def bytes(self) -> int | None:
         """Return the most bytes so far, weights included; None where the system does not tell."""
         if self._cuda:
-            return torch.cuda.max_memory_allocated()
+            return torch.cuda.max_memory_allocated(self._device)
         if not self._linux:
             return None
         for line in _STATUS.read_text(encoding="ascii", errors="replace").splitlines():

@@ -144,7 +144,7 @@ class PerplexityTask:
         return results
 
     def _evaluate(self, model: Any, length: int, journal: Journal) -> dict[str, Any]:
-        with PeakMemory() as memory:
+        with PeakMemory(self.device) as memory:
             result = self._score(model, length, journal)
             return result | {"peak_memory_bytes": memory.bytes()}
 

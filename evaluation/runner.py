@@ -141,7 +141,8 @@ def _answer(run: _Run, examples: Sequence[Example], share: range, *, folder: Pat
     if not indices:
         return
     shapes: list[Shape] = []
-    with answerer(run.model, run.tokenizer, run.patch) as engine, PeakMemory() as memory:
+    device = next(run.model.parameters()).device
+    with answerer(run.model, run.tokenizer, run.patch) as engine, PeakMemory(device) as memory:
         for batch in _batches(run, examples, indices, batch_size):
             prompts = [prompt for _, prompt in batch]
             check_fit(run.model, prompts)
