@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 
 from evaluation.lm_eval_adapter import Harness, import_lm_eval, lm_eval_model
-from evaluation.parallel_models import sweep_models
+from evaluation.parallel_models import single_model
 from evaluation.processes import Process
 from evaluation.results import text_table, write_json
 from evaluation.run_identity import describe_patch
@@ -59,7 +59,7 @@ class LmEvalTask:
         import_lm_eval()
         if include_path is not None and not Path(include_path).is_dir():
             raise FileNotFoundError(f"data.include_path={include_path} is no folder")
-        (self.model,) = sweep_models(model, tokenizer)
+        self.model = single_model(model, tokenizer)
         self.tasks, self.patch, self.include_path = list(tasks), patch, include_path
         self.num_fewshot, self.limit = num_fewshot, limit
         self.batch_size, self.query_tokens = batch_size, query_tokens

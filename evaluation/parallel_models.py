@@ -88,6 +88,21 @@ class SweepModel:
             return self.source()
 
 
+def single_model(model: Any, tokenizer: Any = None) -> SweepModel:
+    """Return the one model that is named, as `sweep_models`.
+
+    Raises:
+        ValueError: none, or several.
+    """
+    found = sweep_models(model or (), tokenizer)
+    if len(found) > 1:
+        labels = ", ".join(each.label for each in found)
+        raise ValueError(
+            f"one model at a time, got {labels}: pass model.path=FOLDER, a run for each with its own label"
+        )
+    return found[0]
+
+
 def sweep_models(
     models: str | Sequence[str] | Mapping[str, Any] | Callable[[], Any], tokenizer: Any = None
 ) -> list[SweepModel]:

@@ -16,7 +16,7 @@ import torch
 import transformers
 
 from evaluation.gathering import gather, joined
-from evaluation.parallel_models import sweep_models
+from evaluation.parallel_models import single_model
 from evaluation.processes import Process
 from evaluation.prompts import Place, PromptOptions, Truncation
 from evaluation.quantization import Backend, Quantization, check_quantization, load_quantized
@@ -92,7 +92,7 @@ class TaskSuite:
         for name, number in (("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):
             if number is not None and number < 1:
                 raise ValueError(f"{name} must be at least 1, got {number}")
-        (self.model,) = sweep_models(model, tokenizer)
+        self.model = single_model(model, tokenizer)
         self.source = source
         self.patch = baseline(method, capacity=capacity) if method is not None else patch  # type: ignore[arg-type]
         self.task_patches = dict(task_patches or {})

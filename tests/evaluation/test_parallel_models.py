@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from evaluation.parallel_models import sweep_models
+from evaluation.parallel_models import single_model, sweep_models
 
 SIZES = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
 BUILD = partial(LlamaForCausalLM, LlamaConfig(vocab_size=9, max_position_embeddings=32, **SIZES))
@@ -47,3 +47,12 @@ def test_refusals(runs):
         sweep_models([])
     with pytest.raises(FileNotFoundError, match="is no model folder"):
         sweep_models(str(runs))
+
+
+def test_one_model_where_one_is_asked_for(runs):
+    paths = [str(runs / name / "model") for name in ("first", "second")]
+    assert single_model(paths[1]).label == "second"
+    with pytest.raises(ValueError, match="one model at a time, got first, second"):
+        single_model(paths)
+    with pytest.raises(ValueError, match=r"model\.path is required"):
+        single_model(None)
