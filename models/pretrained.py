@@ -84,9 +84,9 @@ def override_rope(
         return
     if not theta > 0:
         raise ValueError(f"rope_theta must be above 0, got {theta}")
-    before = _one_rope_setting(config)
+    before = one_rope_setting(config, "rope_theta")
     scaled = before.get("rope_type", "default") != "default"
-    after = dict(before) if keep_scaling else {name: before[name] for name in _UNSCALED if name in before}
+    after = dict(before) if keep_scaling else unscaled_rope(before)
     after["rope_theta"] = float(theta)
     if not keep_scaling:
         after["rope_type"] = "default"
@@ -104,19 +104,34 @@ def override_model_rope(
         ValueError: as `override_rope`, or the rotary modules of this class cannot be built from a configuration.
     """
     override_rope(model.config, theta=theta, context_length=context_length, keep_scaling=keep_scaling)
-    if theta is None:
-        return
+    if theta is not None:
+        rebuild_rotary(model)
+
+
+def rebuild_rotary(model: PreTrainedModel) -> list[nn.Module]:
+    """Build the rotary modules of a finished model again from its configuration; return the new ones.
+
+    Raises:
+        ValueError: the rotary modules of this class cannot be built from a configuration.
+    """
     found = [(name, module) for name, module in model.named_modules() if hasattr(module, "inv_freq")]
     if not found:
         raise ValueError(f"{type(model).__name__} has no rotary module with inv_freq: load it from a folder instead")
+    built = []
     for name, module in found:
         config = deepcopy(module.config)
         config.rope_parameters, config.max_position_embeddings = (
             model.config.rope_parameters,
             model.config.max_position_embeddings,
         )
-        rebuilt = _on(module.inv_freq.device, type(module), config)
-        model.set_submodule(name, rebuilt)
+        built.append(_on(module.inv_freq.device, type(module), config))
+        model.set_submodule(name, built[-1])
+    return built
+
+
+def unscaled_rope(rope: dict[str, Any]) -> dict[str, Any]:
+    """Return rotary settings without their scaling."""
+    return {name: rope[name] for name in _UNSCALED if name in rope}
 
 
 def _on(device: torch.device, kind: type[nn.Module], config: PreTrainedConfig) -> nn.Module:
@@ -124,14 +139,19 @@ def _on(device: torch.device, kind: type[nn.Module], config: PreTrainedConfig) -
         return kind(config)
 
 
-def _one_rope_setting(config: PreTrainedConfig) -> dict[str, Any]:
+def one_rope_setting(config: PreTrainedConfig, option: str) -> dict[str, Any]:
+    """Return the rotary settings of a model that ``option`` is to change.
+
+    Raises:
+        ValueError: the model has none, or several.
+    """
     settings = getattr(config, "rope_parameters", None)
     name = type(config).__name__
     if not settings:
-        raise ValueError(f"rope_theta needs a model with rotary positions, got {name}: leave rope_theta out")
+        raise ValueError(f"{option} needs a model with rotary positions, got {name}: leave {option} out")
     if any(isinstance(value, dict) for value in settings.values()):
         raise ValueError(
-            f"{name} has a rotary setting for each kind of layer ({', '.join(settings)}): rope_theta cannot tell which "
+            f"{name} has a rotary setting for each kind of layer ({', '.join(settings)}): {option} cannot tell which "
             "one is meant; edit rope_parameters in the model's config.json"
         )
     return dict(settings)

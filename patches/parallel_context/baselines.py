@@ -1,4 +1,4 @@
-"""The published methods that parallel encoding is ranked against, at equal capacity, and those that encode in parallel."""
+"""The published methods that parallel encoding is ranked against: over one piece at equal capacity, over windows."""
 
 from typing import Literal
 
