@@ -16,6 +16,7 @@ from typing import Any, Literal, Protocol, get_args
 
 import torch
 
+from evaluation.compatibility import check_length
 from evaluation.figures import save_loss_by_position
 from evaluation.loading import load_model, load_tokenizer
 from evaluation.long_ppl import (
@@ -117,6 +118,7 @@ class LongPplTask:
         Raises:
             ValueError: the key file has another number of documents, a tokenizer is missing or slow.
         """
+        self._check_lengths()
         texts = self._read()
         keys, protocol = self._keys(texts, output), self._protocol(len(texts))
         write_key_file(output / "key_intervals.txt", keys)
@@ -135,6 +137,14 @@ class LongPplTask:
         write_text(output / "long_ppl.csv", csv_text(rows, COLUMNS))
         save_loss_by_position(curves, output / "loss_by_position.png")
         return metrics | {"table": text_table(rows, SHOWN)}
+
+    def _check_lengths(self) -> None:
+        chooser = {} if self.evaluator is None else {"evaluator": self.evaluator}
+        for label, path in (self.models | chooser).items():
+            try:
+                check_length(path.removeprefix(HUB), self.max_tokens)
+            except ValueError as error:
+                raise ValueError(f"model {label}: {error}, or lower task.max_tokens") from error
 
     def _read(self) -> list[str]:
         texts = []

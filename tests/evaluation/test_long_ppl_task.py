@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import evaluation.long_ppl_task as task_module
 from evaluation.long_ppl import encode_text, evaluate_long_ppl, find_key_intervals
@@ -122,3 +122,12 @@ def test_key_files_of_other_texts_and_models_without_tokenizers(folders, tmp_pat
     LlamaForCausalLM.from_pretrained(folders[0]).save_pretrained(tmp_path / "bare")
     with pytest.raises(ValueError, match="has no tokenizer"):
         LongPplTask(str(tmp_path / "bare"), Texts(), evaluator=folders[0], **OPTIONS).run(tmp_path)
+
+
+def test_documents_longer_than_embedded_positions_are_refused(folders, tmp_path):
+    config = GPT2Config(vocab_size=15, n_embd=8, n_layer=1, n_head=1, n_positions=32, bos_token_id=0, eos_token_id=0)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    for source, evaluator in ((str(tmp_path / "gpt2"), folders[0]), (folders[0], str(tmp_path / "gpt2"))):
+        task = LongPplTask(source, Texts(), evaluator=evaluator, **OPTIONS)
+        with pytest.raises(ValueError, match=r"32 positions, too few .* or lower task\.max_tokens"):
+            task.run(tmp_path / "out")
