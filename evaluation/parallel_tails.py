@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-IGNORED = -100
+from losses.cross_entropy import IGNORE_INDEX
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class TailCut:
 
     def targets(self, query: Sequence[int]) -> list[int]:
         """Return the token predicted at each place of a query, -100 where none is scored."""
-        return [IGNORED] * (self.unsplit - 1) + list(query[self.unsplit :]) + [IGNORED]
+        return [IGNORE_INDEX] * (self.unsplit - 1) + list(query[self.unsplit :]) + [IGNORE_INDEX]
 
 
 def score_tails(

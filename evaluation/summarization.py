@@ -18,7 +18,7 @@ import transformers
 from evaluation.compatibility import check_length
 from evaluation.gathering import joined
 from evaluation.loading import load_model, load_tokenizer
-from evaluation.model_paths import HUB, check_model, identity_of
+from evaluation.model_paths import HUB, check_model, identity_of, label_of
 from evaluation.processes import Process
 from evaluation.rank_journal import RankJournal
 from evaluation.results import digest, git_commit, json_text, text_table, write_json, write_text
@@ -219,12 +219,12 @@ class SummarizationTask:
             "parity": self.parity,
             "processes": self.process.world_size,
         }
-        label = Path(self.model_path).parent.name if Path(self.model_path).name == "model" else self.model_path
         metrics = {"task": "summarization", "model": self.model_path, "protocol": protocol}
         metrics |= {"results": {"num_pairs": len(rows), **means}}
         write_json(output / "metrics.json", metrics)
         shown = (*SHOWN, *PUBLISHED) if self.parity else SHOWN
-        return metrics | {"table": text_table([{"model": label, "num_pairs": len(rows), **means}], shown)}
+        row = {"model": label_of(self.model_path), "num_pairs": len(rows), **means}
+        return metrics | {"table": text_table([row], shown)}
 
     def _row(self, index: int, tokens: list[int], text: dict[str, str], tokenizer: Any) -> dict[str, Any]:
         ended = bool(tokens) and tokens[-1] == self.pairs.eos_token_id

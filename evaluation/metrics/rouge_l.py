@@ -13,7 +13,7 @@ EPSILON = 1e-8
 
 def rouge_l(prediction: str, answer: str) -> float:
     """Return ``2 p r / (p + r + 1e-8)``, p and r the shares of distinct words in the union of common subsequences."""
-    mine, right = _sentences(prediction), _sentences(answer)
+    mine, right = sentences(prediction), sentences(answer)
     words, wanted = {word for s in mine for word in s}, {word for s in right for word in s}
     if not words or not wanted:
         return 0.0
@@ -22,8 +22,8 @@ def rouge_l(prediction: str, answer: str) -> float:
     return 2 * precision * recall / (precision + recall + EPSILON)
 
 
-def _sentences(text: str) -> list[list[str]]:
-    # A sentence without words counts as one empty word, as in the package.
+def sentences(text: str) -> list[list[str]]:
+    """Split at full stops; a sentence of nothing but blanks is one empty word, as in the package."""
     return [" ".join(sentence.split()).split(" ") for sentence in text.split(".") if sentence]
 
 
