@@ -38,9 +38,14 @@ def run_task(
     if config.get("dry_run"):
         say(f"recipe={config['recipe']} composes, checks and builds")
         return None
+    process = Process.current()
+    if process.world_size > 1 and not hasattr(task, "process"):  # tasks that share their work hold theirs
+        raise ConfigError(
+            [f"recipe={config['recipe']} works in one process, {process.world_size} were started: leave torchrun out"]
+        )
     output = config.get("output")
     if command == "eval" and not output:
         raise ConfigError(["output is required: pass output=FOLDER for the metrics and figures"])
-    if output and command != "export" and Process.current().is_first:  # an export's folder is a model
+    if output and command != "export" and process.is_first:  # an export's folder is a model
         write_start(Path(output), config)
     return task.run(Path(output) if output else None)
