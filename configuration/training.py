@@ -19,10 +19,11 @@ from callbacks.loss_log import read_rows
 from callbacks.sharded_strategies import SealedCheckpoints
 from configuration.errors import Stopped
 from configuration.export import restored_module, save_model_folder
+from configuration.memory import StepMemory, step_memory
 from configuration.quiet import quiet
 from configuration.run_folder import open_run, versions, write_start
 from configuration.run_lock import naming_lost_processes, only_run_in
-from configuration.step_size import settle_step_size
+from configuration.step_size import num_data_processes, settle_step_size
 from configuration.targets import build
 from evaluation.results import write_json
 from lightning_modules.lora import has_adapters
@@ -233,13 +234,12 @@ def describe(config: dict[str, Any], missing: Sequence[str] = ()) -> str:
     length = data.get("context_length") or config["module"]["context_length"]
     tokens = sequences * length
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    states = memory_of_states(model, str(trainer["precision"]))
     lines = {
         "recipe": f"{config['recipe']} (scale {config['scale']})",
         "parameters": f"{sum(p.numel() for p in model.parameters()):,}, trainable {trainable:,}",
         "tokens per step": f"{tokens:,} = {sequences} sequences of {length:,}",
         "steps": f"{trainer['max_steps']:,}, {trainer['max_steps'] * tokens:,} tokens in all",
-        "memory of states": f"{states / 2**30:.2f} GiB a device (weights, gradients, AdamW moments; no sharding)",
+        **memory_lines(step_memory(model, config, processes=num_data_processes(trainer))),
         "output": config["output"],
     }
     if hasattr(model, "num_flops_per_token"):
@@ -250,6 +250,18 @@ def describe(config: dict[str, Any], missing: Sequence[str] = ()) -> str:
     return "\n".join([*sizes, *(f"not ready here:  {sentence}" for sentence in missing)])
 
 
+def memory_lines(memory: StepMemory) -> dict[str, str]:
+    """What a process needs, in words."""
+    known = memory.activations is not None
+    parts = {"weights": memory.weights, "gradients": memory.gradients, "moments": memory.moments}
+    parts |= {"activations": memory.activations or 0} if known else {}
+    named = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in parts.items())
+    lines = {
+        "memory a device": f"{memory.device / 2**30:.2f} GiB ({named}{'' if known else '; activations not known'})"
+    }
+    return lines | ({"memory of the host": f"{memory.host / 2**30:.2f} GiB a process"} if memory.host else {})
+
+
 def meta_model(model: dict[str, Any]) -> torch.nn.Module:
     """The model of a run without its weights; of one that is loaded, only the configuration is read."""
     with torch.device("meta"):
@@ -258,10 +270,3 @@ def meta_model(model: dict[str, Any]) -> torch.nn.Module:
 
             return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model["path"]))
         return build(model)()
-
-
-def memory_of_states(model: torch.nn.Module, precision: str) -> int:
-    """Bytes of weights, gradients and AdamW's two moments; 2-byte weights only under ``bf16-true``."""
-    size = 2 if precision in ("bf16-true", "16-true") else 4
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return size * (sum(p.numel() for p in model.parameters()) + 3 * trainable)
