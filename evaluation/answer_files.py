@@ -23,7 +23,7 @@ def claim_folder(folder: Path, protocol: dict[str, Any], rank: int) -> None:
     if file.is_file():
         found = read_json(file)
         if found.get("request") != settings["request"]:
-            changed = [key for key in protocol if found.get(key) != protocol[key]]
+            changed = [key for key in found | settings if key != "request" and found.get(key) != settings.get(key)]
             raise ValueError(f"{folder} belongs to other settings ({', '.join(changed)}): pass another output folder")
     elif predictions:
         raise ValueError(f"{folder} holds predictions without settings.json: pass another output folder")

@@ -7,7 +7,7 @@ reads all of them and computes what is missing, with any number of processes.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -58,6 +58,7 @@ def evaluate_task(
     chat_template: bool | None = None,
     scoring: Scoring = "generate",
     max_prompt_tokens: int | None = None,
+    rope: Mapping[str, Any] | None = None,
 ) -> dict[str, Any] | None:
     """Answer what is missing of a process's share of the examples, and publish once all are there.
 
@@ -81,6 +82,7 @@ def evaluate_task(
         chat_template: None: the task's own wish, where the tokenizer has one.
         scoring: ``teacher_forced`` scores whether every token of the right answer is the likeliest, and its NLL.
         max_prompt_tokens: tokens of the whole prompt (with one piece of the context) at most.
+        rope: rotary positions that the model was given for this run, for the protocol.
 
     Returns:
         The metrics; None as long as other processes are at work.
@@ -95,6 +97,8 @@ def evaluate_task(
     protocol = run_identity(
         task, patch, model, tokenizer, examples, options=options, scoring=scoring, max_new_tokens=max_new_tokens
     )
+    # Weights do not show it; only where there is one, so that folders of before go on.
+    protocol |= {} if rope is None else {"rope": dict(rope)}
     folder = Path(output_dir)
     claim_folder(folder, protocol, rank)
     with CellJournal(folder / f"predictions.rank{rank}.jsonl").held(wait=True):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import platform
 import re
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +26,7 @@ from evaluation.runner import Scoring, evaluate_task
 from evaluation.task_report import write_report
 from evaluation.task_sources import Cell, Source
 from evaluation.tasks.base import Example
+from models.rope_scaling import check_rope, scale_model_rope
 from patches.parallel_context import ParallelContext, baseline
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -39,6 +41,8 @@ class TaskSuite:
         patch: how the model reads contexts; None: as it is.
         method: a published baseline instead of a patch (`patches.parallel_context.baseline`).
         capacity: slots per layer and head that the baseline keeps.
+        degree: windows of the baselines that have some (pcw, ape).
+        max_piece_tokens: their greatest size, instead of the number.
         label: name of the column; None: made of method or patch.
         task_patches: options of the patch that single tasks change, ``{"passkey": {"piece_policy.keep": 1}}``.
         max_context_tokens: tokens of a context at most.
@@ -52,6 +56,7 @@ class TaskSuite:
         tokenizer: instead of the model folder's.
         quantization: int8 or int4 weights.
         quantization_backend: bitsandbytes or torchao.
+        rope: rotary positions beyond the trained length (`models.rope_scaling.scale_rope`); None: the model's own.
         dtype: of weights and arithmetic.
         device: ``auto`` (CUDA when there is one), ``cpu``, ``cuda``, ``cuda:1``.
 
@@ -68,6 +73,8 @@ class TaskSuite:
         patch: ParallelContext | None = None,
         method: str | None = None,
         capacity: int | None = None,
+        degree: int | None = None,
+        max_piece_tokens: int | None = None,
         label: str | None = None,
         task_patches: Mapping[str, Mapping[str, Any]] | None = None,
         max_context_tokens: int | None = None,
@@ -81,26 +88,30 @@ class TaskSuite:
         tokenizer: Any = None,
         quantization: Quantization | None = None,
         quantization_backend: Backend = "bitsandbytes",
+        rope: Mapping[str, Any] | None = None,
         dtype: Dtype = "float32",
         device: str = "auto",
     ) -> None:
         if patch is not None and method is not None:
             raise ValueError(f"method={method} is a patch of its own: pass patch=none, or leave method out")
-        if method is None and capacity is not None:
-            raise ValueError("capacity belongs to a method: pass method=snapkv, say")
+        numbers = {"capacity": capacity, "degree": degree, "max_piece_tokens": max_piece_tokens}
+        for name, number in numbers.items():
+            if method is None and number is not None:
+                raise ValueError(f"{name} belongs to a method: pass method={'snapkv' if capacity else 'pcw'}, say")
         PromptOptions(max_context_tokens, truncation, instruction, chat_template, max_prompt_tokens)
         for name, number in (("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):
             if number is not None and number < 1:
                 raise ValueError(f"{name} must be at least 1, got {number}")
         self.model = single_model(model, tokenizer)
         self.source = source
-        self.patch = baseline(method, capacity=capacity) if method is not None else patch  # type: ignore[arg-type]
+        self.patch = baseline(method, **numbers) if method is not None else patch  # type: ignore[arg-type]
         self.task_patches = dict(task_patches or {})
         if self.patch is None and self.task_patches:
             raise ValueError("task_patches change a patch, but there is none: pass patch=NAME")
         for changes in self.task_patches.values():
             changed_patch(self.patch, changes)
-        self.label = _label(label, method, capacity, patch)
+        self.rope = _checked_rope(rope, self.patch, batch_size)
+        self.label = _label(label, method or ("plain" if patch is None else "parallel_context"), numbers, self.rope)
         self.options: dict[str, Any] = {
             "max_context_tokens": max_context_tokens,
             "max_prompt_tokens": max_prompt_tokens,
@@ -110,6 +121,7 @@ class TaskSuite:
             "scoring": scoring,
             "max_new_tokens": max_new_tokens,
             "batch_size": batch_size,
+            "rope": self.rope,
         }
         self.quantization, self.backend = quantization, quantization_backend
         self.process = Process.current()
@@ -162,8 +174,15 @@ class TaskSuite:
     def _load(self) -> Any:
         dtype = getattr(torch, self.dtype)
         if self.quantization is None:
-            return self.model.load(dtype=dtype, device=self.device)
-        return load_quantized(str(self.model.source), self.quantization, self.backend, dtype=dtype, device=self.device)
+            model = self.model.load(dtype=dtype, device=self.device)
+        else:
+            name = str(self.model.source)
+            model = load_quantized(name, self.quantization, self.backend, dtype=dtype, device=self.device)
+        if self.rope is not None:
+            # A model that was built here stays as it is for the next run.
+            model = model if isinstance(self.model.source, str) else deepcopy(model)
+            scale_model_rope(model, self.rope)
+        return model
 
 
 def changed_patch(patch: ParallelContext | None, changes: Mapping[str, Any]) -> ParallelContext | None:
@@ -184,10 +203,25 @@ def changed_patch(patch: ParallelContext | None, changes: Mapping[str, Any]) -> 
     return patch
 
 
-def _label(label: str | None, method: str | None, capacity: int | None, patch: ParallelContext | None) -> str:
+def _checked_rope(
+    rope: Mapping[str, Any] | None, patch: ParallelContext | None, batch_size: int
+) -> dict[str, Any] | None:
+    if rope is None:
+        return None
+    check_rope(rope)
+    if rope["rope_type"] == "dynamic" and patch is None and batch_size > 1:
+        raise ValueError(
+            f"dynamic rotary angles follow the longest row of a batch: pass batch_size=1, got {batch_size}"
+        )
+    return dict(rope)
+
+
+def _label(label: str | None, first: str, numbers: Mapping[str, int | None], rope: Mapping[str, Any] | None) -> str:
+    """Return the name of the column: ``label``, or method, its numbers and the rotary type."""
     if label is None:
-        label = method or ("plain" if patch is None else "parallel_context")
-        label += f"_{capacity}" if capacity is not None else ""
+        given = {"capacity": "", "degree": "degree", "max_piece_tokens": ""}
+        parts = [f"{given[name]}{number}" for name, number in numbers.items() if number is not None]
+        label = "_".join([first, *parts, *([f"{rope['rope_type']}{rope['factor']:g}"] if rope else [])])
     if not re.fullmatch(r"[A-Za-z0-9._+-]+", label) or label.startswith("."):
         raise ValueError(f"label names a folder: letters, digits, . _ + -, got {label!r}")
     return label

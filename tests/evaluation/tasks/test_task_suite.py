@@ -52,6 +52,22 @@ def test_methods_meet_in_one_table(suite, tmp_path):
     assert json.loads((tmp_path / "two/ruler_passkey_400/metrics.json").read_text())["protocol"]["patch"]["degree"] == 2
 
 
+def test_windows_and_rotary_scaling_are_columns(suite, tmp_path):
+    yarn = {"rope_type": "yarn", "factor": 4.0}
+    source = GeneratedTasks(["passkey"], [400], num_examples=1)
+    scaled = suite(source, rope=yarn)
+    scaled.run(tmp_path)
+    assert scaled._load().config.max_position_embeddings == 4 * 4096  # once, however often it is run
+    result = suite(source, method="pcw", max_piece_tokens=90).run(tmp_path)
+    result = suite(source, method="ape", degree=3, rope={"rope_type": "ntk", "factor": 2}).run(tmp_path)
+    assert {row["method"] for row in result["results"]} == {"plain_yarn4", "pcw_90", "ape_degree3_ntk2"}
+    protocol = json.loads((tmp_path / "plain_yarn4/ruler_passkey_400/metrics.json").read_text())["protocol"]
+    assert protocol["rope"] == yarn
+    for other in (None, yarn | {"factor": 8.0}):
+        with pytest.raises(ValueError, match=r"other settings \(.*rope"):
+            suite(source, rope=other, label="plain_yarn4").run(tmp_path)
+
+
 def test_the_mean_is_over_what_all_methods_have():
     rows = [
         {"method": "a", "task": "x", "length": None, "score": 10.0},
@@ -85,6 +101,11 @@ def test_single_tasks_change_the_patch():
     [
         ({"method": "full", "patch": ParallelContext(degree=2)}, "is a patch of its own"),
         ({"capacity": 3}, "capacity belongs to a method"),
+        ({"degree": 3}, "degree belongs to a method: pass method=pcw"),
+        ({"method": "pcw"}, "pcw needs degree or max_piece_tokens"),
+        ({"method": "snapkv", "capacity": 3, "degree": 2}, "belong to pcw and ape"),
+        ({"rope": {"rope_type": "selfextend", "factor": 2}}, "one of ntk, dynamic, yarn"),
+        ({"rope": {"rope_type": "dynamic", "factor": 2.0}, "batch_size": 2}, "pass batch_size=1, got 2"),
         ({"method": "snapkv"}, "capacity"),
         ({"label": "a/b"}, "label names a folder"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
