@@ -22,6 +22,7 @@ from evaluation.compression_models import Model, Models, built, identity
 from evaluation.compression_sweep import markdown_table
 from evaluation.generation_quality import judge_perplexity, score_generations
 from evaluation.loading import load_model, load_tokenizer, max_positions
+from evaluation.model_paths import HUB
 from evaluation.prediction_log import PredictionLog
 from evaluation.results import (
     csv_text,
@@ -76,7 +77,7 @@ class CompressionGeneration:
         methods: methods to compare.
         sampler: chooses the spans of a prefix, its ratio aside.
         sampling: how completions are drawn.
-        judge: causal LM that scores completions: folder, hub name or function; None: no judge.
+        judge: causal LM that scores completions: folder, ``hub:NAME`` or function; None: no judge.
         bertscore: options of `evaluation.bert_score.BertScore`; None: no BERTScore.
         dtype: of weights and arithmetic.
         device: ``auto`` (CUDA when there is one), ``cpu``, ``cuda``, ``cuda:1``.
@@ -201,7 +202,7 @@ class CompressionGeneration:
         Raises:
             ValueError: there is none.
         """
-        found = load_tokenizer(source) if isinstance(source, str) else source()
+        found = load_tokenizer(source.removeprefix(HUB)) if isinstance(source, str) else source()
         if not callable(getattr(found, "batch_decode", None)):
             raise ValueError(f"{source} has no tokenizer (tokenizer.json): name one with task.tokenizer=FOLDER")
         return found
@@ -233,7 +234,7 @@ class CompressionGeneration:
         if self._judging is None:
             judge = self.judge
             if isinstance(judge, str):
-                model = load_model(judge, dtype=getattr(torch, self.dtype), device=self.device)
+                model = load_model(judge.removeprefix(HUB), dtype=getattr(torch, self.dtype), device=self.device)
             else:
                 model = built(judge, self.sampling.seed).to(self.device).eval()
             named = judge if isinstance(judge, str) else self.tokenizer

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from evaluation.loading import load_model
+from evaluation.model_paths import HUB
 from evaluation.results import digest, model_identity
 from patches.sentinel.sentinels import FILE_NAME, Sentinels, add_sentinels
 
@@ -22,7 +23,7 @@ class Models:
 
     Args:
         models: one for all, or by method, ``default`` for methods that are not named; ``RATIO`` in a path stands for
-            the ratio.
+            the ratio, and ``hub:NAME`` is a model of the hub.
         sentinels: of models that are built; folders have their own.
         seed: of models that are built.
 
@@ -93,8 +94,8 @@ class Models:
 
     def _load(self, source: Model, dtype: torch.dtype, device: torch.device) -> tuple[Any, Sentinels | None]:
         if isinstance(source, str):
-            has = (Path(source) / FILE_NAME).is_file()
-            return load_model(source, dtype=dtype, device=device), Sentinels.load(source) if has else None
+            sentinels = Sentinels.load(source) if (Path(source) / FILE_NAME).is_file() else None
+            return load_model(source.removeprefix(HUB), dtype=dtype, device=device), sentinels
         model = built(source, self.seed)
         if self.sentinels is not None:
             add_sentinels(model, self.sentinels.open_id, slots=self.sentinels.slots, seed=self.seed)

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
-from evaluation.parallel_models import HUB
+from evaluation.model_paths import HUB
 
 Quantization = Literal["int8", "int4"]
 Backend = Literal["bitsandbytes", "torchao"]

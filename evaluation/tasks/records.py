@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-HUB = "hub:"
+from evaluation.model_paths import HUB
 
 
 def read_records(path: str, name: str, columns: Sequence[str]) -> list[dict[str, Any]]:

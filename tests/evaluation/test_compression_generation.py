@@ -7,6 +7,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from configuration.task import run_task
+from evaluation import compression_models
 from evaluation.compressed_completions import Sampling, WordLimit, Writer, first_words
 from evaluation.compression_generation import COLUMNS, CompressionGeneration
 from evaluation.compression_models import Models
@@ -168,6 +169,15 @@ def test_options_that_cannot_be(options, message, folder):
 def test_sampling_that_cannot_be(options):
     with pytest.raises(ValueError, match=next(iter(options))):
         Sampling(**options)
+
+
+def test_models_of_the_hub_are_loaded_by_their_name(monkeypatch):
+    asked = []
+    monkeypatch.setattr(compression_models, "load_model", lambda name, **options: asked.append(name))
+    models = Models("hub:owner/name", sentinels=None, seed=0)
+    models.check([("local", 0.5)])
+    models.load("local", 0.5, dtype=torch.float32, device=torch.device("cpu"))
+    assert asked == ["owner/name"] and models.identities([("local", 0.5)]) == {"local 0.5": "hub:owner/name"}
 
 
 def test_prefixes_that_do_not_fit_are_refused(folder, tmp_path):
