@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Gemma3TextConfig, GPT2Config, GPTNeoXConfig, LlamaConfig
+from transformers import AutoModelForCausalLM, Gemma3TextConfig, GPT2Config, GPTNeoXConfig, LlamaConfig, Qwen2Config
 
 from models.rope_scaling import check_rope, scale_model_rope, scale_rope
 
@@ -25,7 +25,8 @@ def make(family="llama"):
     if family == "gpt_neox":
         config = GPTNeoXConfig(**SIZES, rope_parameters=plain | {"partial_rotary_factor": 0.5})
     else:
-        config = LlamaConfig(**SIZES, num_key_value_heads=2, rope_parameters=plain)
+        kind = Qwen2Config if family == "qwen2" else LlamaConfig
+        config = kind(**SIZES, num_key_value_heads=2, rope_parameters=plain)
     return AutoModelForCausalLM.from_config(config).eval()
 
 
@@ -71,14 +72,15 @@ def test_frequencies_are_those_of_the_formulas(family, size):
     assert [model.config.max_position_embeddings for model in (ntk, yarn, dynamic)] == [96, 96, 32]
 
 
-def test_dynamic_forgets_the_prompts_before():
-    model = make()
+@pytest.mark.parametrize("family", ["llama", "qwen2"])  # positions by name, and by place
+def test_dynamic_forgets_the_prompts_before(family):
+    model = make(family)
     scale_model_rope(model, {"rope_type": "dynamic", "factor": 4.0})
     first = logits(model, 45)
-    assert torch.equal(logits(model, 20), logits(make(), 20))  # plain within the trained length
+    assert torch.equal(logits(model, 20), logits(make(family), 20))  # plain within the trained length
     logits(model, 77)
     assert torch.equal(logits(model, 45), first)
-    assert (first - logits(make(), 45)).abs().max() > 1e-3
+    assert (first - logits(make(family), 45)).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("kind", ["ntk", "yarn", "dynamic"])
