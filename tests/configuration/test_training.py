@@ -86,7 +86,7 @@ class Signal(pl.Callback):
     ("number", "step", "sentence"),
     [
         (signal.SIGINT, 3, "interrupted at step 3; the same command resumes from checkpoint step 2"),
-        (signal.SIGTERM, 3, "terminated at step 3; the same command resumes from checkpoint step 2"),
+        (signal.SIGTERM, 3, "terminated at step 4; the same command resumes from checkpoint step 4"),
         (signal.SIGINT, 1, "interrupted at step 1; the same command starts again"),
     ],
 )
