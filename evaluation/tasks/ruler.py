@@ -30,17 +30,19 @@ class RulerTask(Task):
         """Return the question of a record; of the published generator's, cut at the template.
 
         Raises:
-            ValueError: the text does not follow the template.
+            ValueError: the text does not follow the template, or there is no answer.
         """
         if {"instruction", "context", "query"} <= set(record):
             parts = (record["instruction"], record["context"], record["query"])
         else:
             parts = self._cut(str(record["input"]), str(record.get("answer_prefix", "")), index)
         answers = tuple(str(answer) for answer in record["outputs"])
+        if not answers:
+            raise ValueError(f"record {index} of {self.name} has empty outputs: nothing can be found; leave it out")
         extra: dict[str, Any] = {"length": int(record["length"])} if "length" in record else {}
         if "max_new_tokens" in record:
             extra["max_new_tokens"] = int(record["max_new_tokens"])
-        place = parts[1].find(answers[0]) if answers else -1
+        place = parts[1].find(answers[0])
         if place >= 0 and self.set_name not in ("cwe", "fwe", *QA):
             extra["depth"] = place / len(parts[1])
         return Example(str(record.get("index", index)), parts[0], (parts[1],), parts[2], answers, extra)

@@ -149,3 +149,9 @@ def test_published_files_are_cut_at_the_template(tokenizer):
             )
     with pytest.raises(ValueError, match="does not follow"):
         get_task("ruler/vt").example({"input": "something else", "outputs": ["a"]})
+
+
+def test_a_record_without_an_answer_is_refused():
+    record = {"instruction": "", "context": "A b.", "query": "c", "input": "", "outputs": []}
+    with pytest.raises(ValueError, match="record 3 of ruler/passkey has empty outputs"):
+        get_task("ruler/passkey").example(record, 3)
