@@ -82,6 +82,14 @@ class Signal(pl.Callback):
             os.kill(os.getpid(), self.number)
 
 
+@pytest.fixture
+def interruptible():
+    """Ctrl-C as in a terminal: what a script starts in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize(
     ("number", "step", "sentence"),
     [
@@ -90,6 +98,7 @@ class Signal(pl.Callback):
         (signal.SIGINT, 1, "interrupted at step 1; the same command starts again"),
     ],
 )
+@pytest.mark.usefixtures("interruptible")
 def test_a_signal_ends_a_run_in_a_sentence(run, monkeypatch, number, step, sentence):
     build_trainer = training.build_trainer
 
