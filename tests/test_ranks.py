@@ -132,6 +132,7 @@ def test_a_run_goes_on_with_another_number_of_processes(method, tiny_corpus, tmp
 @pytest.mark.slow
 def test_the_command_starts_its_processes_and_nothing_warns(tiny_corpus, tmp_path):
     arguments = options("gca", tiny_corpus, tmp_path / "run", "trainer=ddp", "trainer.devices=2", "data.batch_size=2")
+    arguments.append("module.optimization.warmup_steps=1")  # a longer one than the run is worth a warning
     command = [sys.executable, str(ROOT / "train.py"), *arguments]
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=500)
     assert result.returncode == 0 and result.stderr == "", result.stderr[-3000:]
