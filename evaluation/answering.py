@@ -15,6 +15,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from evaluation.context_patch import check_fit, check_pieces
+from evaluation.loading import has_position_table, max_positions
 from evaluation.prompts import Prompt
 from patches.parallel_context import ParallelContext
 
@@ -43,6 +45,17 @@ class Answers:
 class Answerer(Protocol):
     """Answers batches of prompts of one prefix."""
 
+    def check(self, prompts: Sequence[Prompt], num_new: int) -> None:
+        """Refuse what the model cannot take: windows longer than it was made for, positions beyond a table.
+
+        Args:
+            prompts: a batch.
+            num_new: tokens of the longest answer.
+
+        Raises:
+            ValueError: with the number of tokens and what to do.
+        """
+
     def generate(self, prompts: Sequence[Prompt], max_new_tokens: int) -> Answers:
         """Continue each prompt greedily."""
 
@@ -66,6 +79,18 @@ class PatchedAnswerer:
 
     def __init__(self, bound: Any, tokenizer: Any, plain: PlainAnswerer) -> None:
         self._bound, self._tokenizer, self._plain = bound, tokenizer, plain
+
+    def check(self, prompts: Sequence[Prompt], num_new: int) -> None:
+        """Refuse what the model cannot take, see `Answerer`."""
+        if self._bare(prompts):
+            return self._plain.check(prompts, num_new)
+        front, config = len(self._prefix(prompts)), self._plain.model.config
+        table = max_positions(config) if has_position_table(config) else None
+        for prompt in prompts:
+            if len(prompt.pieces) > 1:  # one piece is the ordinary context, which may be too long for rotary positions
+                check_pieces(prompt.pieces, prefix=front, limit=max_positions(config), where="a prompt")
+            pieces, behind = prompt.pieces or [[]], len(prompt.query) + num_new - 1
+            check_fit(self._bound.options, pieces, prefix=front, query=behind, limit=table)
 
     def generate(self, prompts: Sequence[Prompt], max_new_tokens: int) -> Answers:
         """Continue each prompt greedily."""
@@ -117,18 +142,28 @@ class PlainAnswerer:
     """Answers through the model's own ``generate`` and ``forward``, rows padded at the left."""
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
-        self._model, self._tokenizer = model, tokenizer
+        self.model, self._tokenizer = model, tokenizer
         self.device = next(model.parameters()).device
         # Models of the suite neither cut their logits to the last rows nor take positions.
         self._takes = inspect.signature(model.forward).parameters
 
+    def check(self, prompts: Sequence[Prompt], num_new: int) -> None:
+        """Refuse what the model cannot take, see `Answerer`."""
+        limit, config = max_positions(self.model.config), self.model.config
+        used = max(map(len, self._rows([prompt.tokens for prompt in prompts]))) + num_new - 1
+        if limit is not None and used > limit and has_position_table(config):
+            raise ValueError(
+                f"prompt and answer take {used} positions, but the model has a table of {limit}: "
+                "pass truncation=middle and a lower max_prompt_tokens"
+            )
+
     def generate(self, prompts: Sequence[Prompt], max_new_tokens: int) -> Answers:
         """Continue each prompt greedily."""
         inputs, mask = self._padded([prompt.tokens for prompt in prompts])
-        ends = self._model.generation_config.eos_token_id
+        ends = self.model.generation_config.eos_token_id
         padding = ends[0] if isinstance(ends, list) else ends or 0
         with torch.inference_mode():
-            out = self._model.generate(
+            out = self.model.generate(
                 inputs, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=padding
             )
         rows = out[:, inputs.shape[1] :].tolist()
@@ -141,12 +176,16 @@ class PlainAnswerer:
         known = {"logits_to_keep": max(map(len, targets)), "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
         options = {name: value for name, value in known.items() if name in self._takes}
         with torch.inference_mode():
-            logits = self._model(inputs, attention_mask=mask, **options).logits
+            logits = self.model(inputs, attention_mask=mask, **options).logits
         return Answers([_forced(logits[row, -len(t) :], t) for row, t in enumerate(targets)], float("nan"))
 
-    def _padded(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
+    def _rows(self, rows: list[list[int]]) -> list[list[int]]:
+        """Put in front what the tokenizer puts in front of every text."""
         front = join_prefix([], self._tokenizer("")["input_ids"][:1], self._tokenizer)
-        rows = [join_prefix(front, row, self._tokenizer) for row in rows]
+        return [join_prefix(front, row, self._tokenizer) for row in rows]
+
+    def _padded(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
+        rows = self._rows(rows)
         width = max(map(len, rows))
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
         inputs = torch.tensor([[0] * (width - len(row)) + row for row in rows])

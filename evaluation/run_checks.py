@@ -1,4 +1,4 @@
-"""What a model cannot take, and which options of a patch had nothing to do."""
+"""Contexts that are too long for a model, and options of a patch that had nothing to do."""
 
 from __future__ import annotations
 
@@ -7,32 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from evaluation.loading import has_position_table, max_positions
+from evaluation.loading import max_positions
 from evaluation.prompts import Prompt
 from patches.parallel_context import ParallelContext
-
-
-def check_fit(model: Any, prompts: Sequence[Prompt]) -> None:
-    """Refuse windows that are longer than what a model was made for, and contexts beyond a table of positions.
-
-    Raises:
-        ValueError: with the number of tokens and what to do.
-    """
-    limit = max_positions(model.config)
-    if limit is None:
-        return
-    for prompt in prompts:
-        longest = max(map(len, prompt.pieces), default=0) + len(prompt.prefix)
-        if len(prompt.pieces) > 1 and longest > limit:
-            raise ValueError(
-                f"a window has {longest} tokens with its prefix, but the model was made for {limit}: "
-                f"set max_piece_tokens below {limit - len(prompt.prefix)}, or a higher degree"
-            )
-        if len(prompt.pieces) <= 1 and len(prompt.tokens) > limit and has_position_table(model.config):
-            raise ValueError(
-                f"a prompt of {len(prompt.tokens)} tokens is beyond the {limit} positions of the model: "
-                "pass max_prompt_tokens and truncation=middle"
-            )
 
 
 def acts_while_decoding(patch: ParallelContext) -> bool:

@@ -17,7 +17,7 @@ from evaluation.answering import Answer, Answerer, answerer
 from evaluation.parallel_journal import CellJournal
 from evaluation.peak_memory import PeakMemory
 from evaluation.prompts import Place, Prompt, PromptMaker, PromptOptions, Truncation, truncate
-from evaluation.run_checks import Shape, acts_while_decoding, check_fit, tell
+from evaluation.run_checks import Shape, acts_while_decoding, tell
 from evaluation.run_identity import run_identity
 from evaluation.tasks.base import Example, Task
 from patches.parallel_context import ParallelContext
@@ -149,7 +149,7 @@ def _answer(run: _Run, examples: Sequence[Example], share: range, *, folder: Pat
     with answerer(run.model, run.tokenizer, run.patch) as engine, PeakMemory(device) as memory:
         for batch in _batches(run, examples, indices, batch_size):
             prompts = [prompt for _, prompt in batch]
-            check_fit(run.model, prompts)
+            engine.check(prompts, max(_longest_answer(run, examples[index]) for index, _ in batch))
             shapes += map(Shape.of, prompts)
             for line in _answer_batch(run, engine, examples, batch):
                 journal.append(line | {"peak_bytes": memory.bytes()})
@@ -177,6 +177,11 @@ def _batches(
 
 def _new_tokens(run: _Run, example: Example) -> int:
     return run.max_new_tokens or int(example.extra.get("max_new_tokens", run.task.max_new_tokens))
+
+
+def _longest_answer(run: _Run, example: Example) -> int:
+    forced = run.scoring == "teacher_forced"
+    return len(answer_ids(run.tokenizer, example)) if forced else _new_tokens(run, example)
 
 
 def _answer_batch(

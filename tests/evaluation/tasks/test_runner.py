@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from evaluation.runner import evaluate_task, truncate
 from evaluation.tasks import get_task
@@ -246,10 +247,22 @@ def test_short_contexts_are_read_plainly_and_said(run):
 
 def test_windows_beyond_the_trained_length_are_refused(run):
     short = tiny_llama(32)
-    with pytest.raises(ValueError, match="a window has 36 tokens with its prefix, but the model was made for 32"):
+    with pytest.raises(ValueError, match="a piece of 30 tokens behind a prefix of 6, but the model takes 32"):
         run(ParallelContext(degree=2, prefix=None), examples=[example(0, 57)], model=short)
     with pytest.warns(UserWarning, match="1 of 1 prompts, up to 50 tokens, are beyond the 32"):
         run(folder="long", examples=EXAMPLES[:1], model=short)
+
+
+@pytest.mark.parametrize("new_tokens", [8, 9])
+def test_answers_beyond_a_table_of_positions_are_refused(run, new_tokens):
+    """The last token of an answer is not read any more, so it needs no position."""
+    torch.manual_seed(0)
+    table = GPT2LMHeadModel(GPT2Config(vocab_size=260, n_positions=57, n_embd=16, n_layer=1, n_head=2)).eval()
+    if new_tokens == 8:
+        run(None, examples=EXAMPLES[:1], model=table, max_new_tokens=8)
+        return
+    with pytest.raises(ValueError, match="prompt and answer take 58 positions, but the model has a table of 57"):
+        run(None, examples=EXAMPLES[:1], model=table, max_new_tokens=9)
 
 
 def test_capacity_above_a_window_is_said(run):
