@@ -12,7 +12,8 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from kernels.gca.selection import Rules, select
+from kernels.gca.noise import draw_seed
+from kernels.gca.selection import Place, Rules, select
 
 Visible: TypeAlias = Literal["causal"] | Tensor
 Noise: TypeAlias = Literal["gumbel"] | Tensor | None
@@ -29,6 +30,7 @@ def retrieve_chunks(
     visible: Visible = "causal",
     noise: Noise = None,
     generator: torch.Generator | Tensor | None = None,
+    first_row: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Select the ``top_k`` visible chunks of largest ``s + noise``, with ``s = q . l / sqrt(M)``.
 
@@ -37,23 +39,28 @@ def retrieve_chunks(
         landmarks: ``[B, E, M]``.
         top_k: number of slots K.
         visible: "causal": row i is chunk number E - N + i and sees strictly earlier chunks; or int ``[B or 1, N, 2]``
-            half-open ranges; or bool ``[B or 1, N, E]``.
+            half-open ranges; or bool ``[B or 1, N, E]``; rows are those of `queries` in each form.
         noise: None, "gumbel" (independent ``-log(Exp(1))`` per row and chunk) or ``[B, N, E]``.
         generator: source of the seed of the noise; None = the default one of the device. Or the seeds, int64 ``[B]``:
             a row's noise then depends on its seed alone.
+        first_row: the queries are rows ``first_row ... first_row + N - 1`` of a sequence with a row a chunk, a slice:
+            for "causal", row i is chunk number ``first_row + i``, and its noise is that of row ``first_row + i``.
+            Slices give, bit by bit, what the whole sequence gives with the same landmarks and seeds. For that they
+            multiply whole blocks of rows; None, the default, means no slice (decoding is none).
 
     Returns:
         ``indices`` int32 ``[B, N, K]``, best first, ties to the lower chunk, -1 where fewer are visible; ``scores``
         ``[B, N, K]`` without noise, -inf at empty slots, differentiable in queries and landmarks.
     """
     _check(queries, landmarks, top_k, visible, noise, generator)
+    place = _place(queries, landmarks, visible, first_row)
     acc = torch.promote_types(queries.dtype, torch.float32)
     with torch.autocast(queries.device.type, enabled=False), _exact_products(queries.device):
         q = queries.to(acc)
         with torch.no_grad():
-            offset = landmarks.shape[1] - queries.shape[1]
+            seed = draw_seed(q.device, generator) if isinstance(noise, str) else None
             seen = visible if isinstance(visible, Tensor) else None
-            rules = Rules.make(seen, noise, offset, generator, q.device)
+            rules = Rules(seen, noise if isinstance(noise, Tensor) else None, seed, place)
             indices, scores = select(q, landmarks, top_k, rules)
         if torch.is_grad_enabled() and (queries.requires_grad or landmarks.requires_grad):
             scores = _SelectedScores.apply(q, landmarks.to(acc), indices)
@@ -156,8 +163,6 @@ def _check(
     if isinstance(visible, str):
         if visible != "causal":
             raise ValueError(f"visible must be 'causal', int [B, N, 2] or bool [B, N, E], got {visible!r}")
-        if chunks < rows:
-            raise ValueError(f"visible='causal' needs at least as many chunks as queries, got {chunks} and {rows}")
     else:
         last = chunks if visible.dtype == torch.bool else 2
         if visible.is_floating_point() or visible.shape not in ((batch, rows, last), (1, rows, last)):
@@ -170,3 +175,14 @@ def _check(
         raise ValueError(f"seeds must be int64 [B] = {[batch]}, got {generator.dtype} {list(generator.shape)}")
     if isinstance(noise, str) and noise != "gumbel":
         raise ValueError(f"noise must be None, 'gumbel' or a tensor, got {noise!r}")
+
+
+def _place(queries: Tensor, landmarks: Tensor, visible: Visible, first_row: int | None) -> Place:
+    if first_row is not None and first_row < 0:
+        raise ValueError(f"first_row must be the number of a row, 0 or more, got {first_row}")
+    rows, chunks = (first_row or 0) + queries.shape[1], landmarks.shape[1]
+    if isinstance(visible, str) and chunks < rows:
+        raise ValueError(
+            f"visible='causal' needs at least as many chunks as rows up to the last query, got {chunks} and {rows}"
+        )
+    return Place.make(queries.shape[1], chunks, first_row)

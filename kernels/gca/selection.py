@@ -2,7 +2,8 @@
 
 Notable: of a causal block of rows only the columns that some row may see are scored. A group of columns whose maximum
 is not among the best K cannot hold a winner, so the exact selection looks at K groups. A decoding row over
-millions of landmarks goes through them in blocks of columns, converting one block at a time.
+millions of landmarks goes through them in blocks of columns, converting one block at a time. Blocks are cut at fixed
+rows of the sequence and a slice of it multiplies whole blocks: products of the same shape give the same bits.
 
 Legend: B batch, N queries, R rows of a block, E stored chunks, W columns of a block, M model width, K retrieved chunks.
 """
@@ -15,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kernels.gca.noise import draw_seed, gumbel
+from kernels.gca.noise import gumbel
 
 # Columns that are looked at together before the exact selection; blocks hold whole groups.
 GROUP = 32
@@ -23,6 +24,36 @@ GROUP = 32
 BLOCK = {"cpu": 2**20, "cuda": 2**22}
 # Elements of landmarks that are converted at a time.
 CONVERTED = 2**22
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the queries stand among the rows of their sequence, which are numbered."""
+
+    first: int
+    """Number of the first query."""
+    stop: int
+    """Behind the last row; blocks of rows end there."""
+    offset: int
+    """Chunk number of row 0 of a causal selection."""
+
+    @classmethod
+    def make(cls, num_rows: int, num_chunks: int, first_row: int | None) -> "Place":
+        """Place a slice at its rows (one row a chunk); queries that are no slice, at the last chunks."""
+        if first_row is None:
+            return cls(0, num_rows, num_chunks - num_rows)
+        return cls(first_row, max(num_chunks, first_row + num_rows), 0)
+
+    def own(self, rows: slice) -> slice:
+        """Return where the queries of some rows stand among the queries."""
+        return slice(rows.start - self.first, rows.stop - self.first)
+
+    def blocks(self, num_rows: int, step: int) -> Iterator[tuple[slice, slice]]:
+        """Yield blocks of rows, and which of them are queries."""
+        last = self.first + num_rows
+        for start in range(self.first - self.first % step, last, step):
+            stop = min(start + step, self.stop)
+            yield slice(start, stop), slice(max(start, self.first), min(stop, last))
 
 
 @dataclass(frozen=True)
@@ -35,44 +66,35 @@ class Rules:
     """``[B, N, E]`` to be added, or None."""
     seed: Tensor | None
     """Of the Gumbel noise, or None."""
-    offset: int
-    """Chunk number of row 0 of a causal selection."""
-
-    @classmethod
-    def make(
-        cls, visible: Tensor | None, noise: Tensor | str | None, offset: int,
-        generator: torch.Generator | Tensor | None, device: torch.device,
-    ) -> "Rules":  # fmt: skip
-        """Draw the seed, if there is to be drawn noise."""
-        seed = draw_seed(device, generator) if isinstance(noise, str) else None
-        return cls(visible, noise if isinstance(noise, Tensor) else None, seed, offset)
+    place: Place
 
     def stop(self, rows: slice, num_chunks: int) -> int:
         """Return the column after the last one that a row of the block may see."""
         if self.visible is not None:
             return num_chunks
-        last = max(0, self.offset + rows.stop - 1)  # no row of the block sees more than its last one
+        last = max(0, self.place.offset + rows.stop - 1)  # no row of the block sees more than its last one
         return min(num_chunks, last + -last % GROUP)
 
     def noisy(self, scores: Tensor, rows: slice, columns: slice) -> Tensor:
         """Return the scores ``[B, R, W]`` with noise, -inf where a row may not look; may change its argument."""
         if self.noise is not None:
-            scores = scores + self.noise[:, rows, columns]
+            scores = scores + self.noise[:, self.place.own(rows), columns]
         elif self.seed is not None:
             scores = scores + gumbel(self.seed, scores.shape[0], rows, columns)
         return self._hide(scores, rows, columns)
 
     def _hide(self, scores: Tensor, rows: slice, columns: slice) -> Tensor:
         if self.visible is not None and self.visible.dtype == torch.bool:
-            return scores.masked_fill_(~self.visible[:, rows, columns], float("-inf"))
+            return scores.masked_fill_(~self.visible[:, self.place.own(rows), columns], float("-inf"))
         # All rows of a causal block see the columns before its first row.
-        start = columns.start if self.visible is not None else max(columns.start, self.offset + rows.start)
+        offset = self.place.offset
+        start = columns.start if self.visible is not None else max(columns.start, offset + rows.start)
         column = torch.arange(min(start, columns.stop), columns.stop, device=scores.device)
         if self.visible is None:
-            own = torch.arange(rows.start, rows.stop, device=scores.device) + self.offset
+            own = torch.arange(rows.start, rows.stop, device=scores.device) + offset
             hidden = (column >= own[:, None])[None]
         else:
-            first, last = self.visible[:, rows].unsqueeze(-1).unbind(2)
+            first, last = self.visible[:, self.place.own(rows)].unsqueeze(-1).unbind(2)
             hidden = (column < first) | (column >= last)
         scores[..., start - columns.start :].masked_fill_(hidden, float("-inf"))
         return scores
@@ -113,18 +135,19 @@ def select(q: Tensor, landmarks: Tensor, top_k: int, rules: Rules) -> tuple[Tens
     scores = torch.full((batch, num_rows, top_k), float("-inf"), dtype=q.dtype, device=q.device)
     step = max(1, _block(q) // max(1, batch * landmarks.shape[1]))
     # Read once, landmarks are converted block by block; else all of them, once.
-    keys = landmarks if num_rows <= step else landmarks.to(q.dtype)
-    for start in range(0, num_rows, step):
-        rows = slice(start, min(start + step, num_rows))
-        query = q[:, rows] * width**-0.5
+    keys = landmarks if rules.place.stop <= step else landmarks.to(q.dtype)
+    for block, rows in rules.place.blocks(num_rows, step):
+        own, around = rules.place.own(rows), (rows.start - block.start, block.stop - rows.stop)
+        query = torch.nn.functional.pad(q[:, own] * width**-0.5, (0, 0, *around))
         found = None
-        for columns in _column_blocks(query, keys, rules.stop(rows, keys.shape[1])):
-            part = _best_of_block(query, keys, rows, columns, top_k, rules)
+        for columns in _column_blocks(query, keys, rules.stop(block, keys.shape[1])):
+            products = _product(query, keys[:, columns].to(q.dtype)).narrow(1, around[0], rows.stop - rows.start)
+            part = _best(products, rules.noisy(products, rows, columns), columns, top_k)
             found = part if found is None else found.merge(part, top_k)
         if found is not None:
             filled, slots = found.noisy > float("-inf"), slice(0, found.noisy.shape[-1])
-            indices[:, rows, slots] = found.columns.masked_fill(~filled, -1).int()
-            scores[:, rows, slots] = found.scores.masked_fill(~filled, float("-inf"))
+            indices[:, own, slots] = found.columns.masked_fill(~filled, -1).int()
+            scores[:, own, slots] = found.scores.masked_fill(~filled, float("-inf"))
     return indices, scores
 
 
@@ -141,9 +164,7 @@ def _column_blocks(query: Tensor, keys: Tensor, stop: int) -> Iterator[slice]:
     return (slice(start, min(start + step, stop)) for start in range(0, stop, step))
 
 
-def _best_of_block(query: Tensor, keys: Tensor, rows: slice, columns: slice, top_k: int, rules: Rules) -> _Found:
-    scores = _product(query, keys[:, columns].to(query.dtype))
-    noisy = rules.noisy(scores, rows, columns)
+def _best(scores: Tensor, noisy: Tensor, columns: slice, top_k: int) -> _Found:
     best, place = top(noisy, min(top_k, scores.shape[-1]))
     return _Found(best, scores.gather(-1, place), place + columns.start)
 

@@ -1,4 +1,4 @@
-"""Checks of the Triton kernels in Triton's interpreter; run as a program: `TRITON_INTERPRET=1 python ... NAME`."""
+"""Checks of the Triton kernels in Triton's interpreter; run as a program: `TRITON_INTERPRET=1 python ... NAMES`."""
 
 import dataclasses
 import json
@@ -71,6 +71,17 @@ def shapes():
         options = {"softmax_off_by_one": number % 3 != 0}
         expected = run(tensors, "cpu", **options)
         compare(run(tensors, **options), expected, 8e-6 if dtype == torch.float32 else 2e-3)
+
+
+def slices():
+    """Query groups of a part of the rows over the whole store: the same bits; gradients of the store add up."""
+    tensors, rows = inputs(B=2, N=5, H=4, Hk=2, ragged=True), ("q", "indices", "weights", "grad_out")
+    whole = run(tensors)
+    parts = [run(tensors | {n: tensors[n][:, slice(*cut)] for n in rows}) for cut in ((0, 1), (1, 5))]
+    for key in ("out", "grad_q", "grad_weights"):
+        assert torch.equal(torch.cat([part[key] for part in parts], 1), whole[key]), key
+    for key in ("grad_k", "grad_v"):
+        torch.testing.assert_close(parts[0][key] + parts[1][key], whole[key], atol=5e-6, rtol=1e-5)
 
 
 def pieces():
@@ -193,4 +204,5 @@ def memory():
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    globals()[sys.argv[1]]()
+    for name in sys.argv[1:]:
+        globals()[name]()
