@@ -8,7 +8,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-from evaluation.compression_perplexity import perplexity
+from evaluation.kv_compression import perplexity
 from patches.sentinel.sampler import SpanSampler
 
 # Lightning asks for a reduction of what is reduced already; the maximum of equal numbers is each of them.
@@ -28,7 +28,7 @@ class CompressionPerplexity(pl.Callback):
 
     Attributes:
         last_result: the last validation as plain numbers: ``step`` and ``compression``, reports by ratio (see
-            `evaluation.compression_perplexity.perplexity`). None before the first one. It is kept in checkpoints.
+            `evaluation.kv_compression.perplexity`). None before the first one. It is kept in checkpoints.
 
     Raises:
         ValueError: a ratio outside (0, 1), or a number below 1.

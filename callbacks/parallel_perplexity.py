@@ -21,7 +21,7 @@ from torch import Tensor
 
 from callbacks.equal_calls import EqualCalls
 from evaluation.loading import load_tokenizer
-from evaluation.parallel_tails import TailCut, score_tails
+from evaluation.parallel_context.tails import TailCut, score_tails
 from evaluation.scoring import perplexity_of
 from patches.parallel_context import ParallelContext, SelectiveAttention
 
@@ -156,7 +156,7 @@ class ParallelPerplexity(pl.Callback):
         self.last_result = state_dict["last_result"]
 
     def _score(self, bound: Any, rows: list[list[int]], calls: EqualCalls) -> Tensor:
-        """Sums of a batch ``[3]``, see `evaluation.parallel_tails.score_tails`; rows without a context are left out."""
+        """Sums of a batch ``[3]``, see `evaluation.parallel_context.tails`; rows without a context are left out."""
         rows = [row for row in rows if len(row) > self.cut.num_query_tokens]
         if not rows:
             calls.meet()

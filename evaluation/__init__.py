@@ -1,1 +1,16 @@
-"""Scoring of finished models: numbers with their protocol, tables and figures. No training code."""
+"""Scoring of finished models: numbers with their protocol, tables and figures. No training code.
+
+A folder for each thing that is evaluated, with the task behind its recipe in ``task.py`` (or one file per command):
+
+- losses: ``perplexity`` (over context lengths), ``long_ppl`` (tokens that need the far context), ``kv_compression``
+  (sweep and generation under a shortened past), ``parallel_context`` (contexts cut in pieces)
+- needles: ``passkey``
+- answers: ``suite`` (LongBench, InfiniteBench, HELMET, generated tasks), which runs ``tasks`` (their definitions, with
+  ``templates``, ``ruler`` generators and ``metrics``) by means of ``runner``; ``harness`` (lm-eval)
+- texts: ``summarization``, ``text_generation`` (the command), with ``rouge`` and ``generation_quality``
+
+Files beside the folders are what several of them need: models (``loading``, ``model_paths``, ``model_sources``,
+``compatibility``), losses (``scoring``, ``positions``, ``position_loss``), processes and journals (``processes``,
+``gathering``, ``rank_journal``, ``cell_journal``, ``prediction_log``), files, tables and figures (``results``,
+``figures``), memory (``cache_memory``, ``peak_memory``).
+"""

@@ -18,7 +18,7 @@ from datamodules.published_text import (
     mark_and_tokenize,
     with_marks,
 )
-from evaluation.published_perplexity import published_perplexity
+from evaluation.kv_compression.published import published_perplexity
 from evaluation.results import digest
 from patches.compressed_rows import Method
 from patches.sentinel.sentinels import Sentinels

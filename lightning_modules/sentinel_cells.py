@@ -18,7 +18,7 @@ from torch import Tensor
 from datamodules.corpus import TokenCorpus, open_split
 from datamodules.sentinel import SentinelTextDataModule
 from datamodules.sentinel_blocks import Blocks
-from evaluation.compression_perplexity import compression_of
+from evaluation.kv_compression import compression_of
 from evaluation.results import digest, model_identity
 from lightning_modules.kv_compression import KVCompressionLM
 from lightning_modules.learnt_parameters import LearntParameters

@@ -18,9 +18,9 @@ import numpy as np
 
 from datamodules.corpus_format import META_FILE, digest, file_sha256
 from datamodules.sequence_store import TOKEN_DTYPE, SequenceStore
-from evaluation.prompts import PromptMaker, PromptOptions
 from evaluation.runner import answer_ids
-from evaluation.task_sources import GeneratedTasks
+from evaluation.runner.prompts import PromptMaker, PromptOptions
+from evaluation.suite.sources import GeneratedTasks
 from preprocess.chunk_cut import Chunk
 from preprocess.chunk_store import SequenceWriter
 from preprocess.command import run_command

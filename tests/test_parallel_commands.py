@@ -66,7 +66,7 @@ def numbers(output):
 
 
 def test_the_sweep_at_its_smallest_scale(call, tmp_path, monkeypatch):
-    monkeypatch.setattr("evaluation.parallel_sweep.redraw", lambda output: None)
+    monkeypatch.setattr("evaluation.parallel_context.sweep.redraw", lambda output: None)
     options = ["lengths=[160]", "degrees=[1,4]", f"output_dir={tmp_path}"]
     status, shown, _ = call("eval", "recipe=ppl_parallel", "scale=tiny", *options)
     assert status == 0 and len(shown.strip().splitlines()) == 2 + 8

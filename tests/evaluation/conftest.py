@@ -8,8 +8,12 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from preprocess.tokenizers import byte_tokenizer
+
 # The importlib mode of pytest does not put test folders on the path.
 sys.path.insert(0, str(Path(__file__).parent))
+
+from byte_llama import tiny_llama
 
 
 @pytest.fixture(scope="session")
@@ -30,3 +34,13 @@ def llama():
 @pytest.fixture(scope="session")
 def stream():
     return np.random.default_rng(0).integers(61, size=150)
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return byte_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def model():
+    return tiny_llama()

@@ -8,7 +8,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from datamodules.corpus import open_corpus
 from evaluation.compatibility import SAME, UNKNOWN, check_length, check_tokens
 from evaluation.loading import load_model, load_tokenizer
-from evaluation.perplexity_task import PerplexityTask
+from evaluation.perplexity.task import PerplexityTask
 from preprocess.corpora import ensure_corpus
 from preprocess.tokenizers import load_tokenizer as any_tokenizer
 

@@ -3,9 +3,9 @@
 import pytest
 
 from datamodules.sequence_store import SequenceStore
-from evaluation.prompts import PromptMaker, PromptOptions
 from evaluation.runner import answer_ids
-from evaluation.task_sources import GeneratedTasks
+from evaluation.runner.prompts import PromptMaker, PromptOptions
+from evaluation.suite.sources import GeneratedTasks
 from preprocess.command import run_command
 from preprocess.task_sequences import main
 from preprocess.tokenizers import load_tokenizer

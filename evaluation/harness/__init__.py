@@ -1,0 +1,1 @@
+"""Models of the suite, patched or not, in lm-eval (EleutherAI's harness)."""

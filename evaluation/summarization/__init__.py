@@ -1,0 +1,1 @@
+"""Summaries of pairs of text and summary, scored by ROUGE."""

@@ -1,0 +1,1 @@
+"""Continuations of prompts, with or without documents: the work behind ``generate.py``."""
