@@ -19,7 +19,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from kernels.gca.launch import Launch, Shape, candidates
-from kernels.gca.triton import gca_triton, gca_triton_backward
+from kernels.gca.operator import gca_backward_operator, gca_operator
 from kernels.gca.triton_backward import key_kernel, query_kernel, reduce_kernel
 from kernels.gca.triton_forward import forward_kernel
 
@@ -112,8 +112,8 @@ def _launch(problem: Problem) -> None:
     k = torch.zeros(1, 16, chunk, 2, size, dtype=dtype)
     indices, weights = torch.zeros(1, 16, 8, dtype=torch.int32), torch.zeros(1, 16, 8)
     tensors = q, k, k, indices, weights, torch.zeros(1, 16, dtype=torch.int32) if options else None, None
-    lse = gca_triton(*tensors, 0.1, options)[1]
-    gca_triton_backward(q, *tensors, lse, 0.1)
+    lse = gca_operator(*tensors, 0.1, options, "triton")[1]
+    gca_backward_operator(q, *tensors, lse, 0.1, "triton")
 
 
 def compile_problems(

@@ -5,13 +5,13 @@ chunk, K retrieved chunks.
 """
 
 from importlib.util import find_spec
-from typing import Literal, TypeAlias
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from kernels.gca.checks import check_arguments
-from kernels.gca.cpu import gca_cpu
+from kernels.gca.arguments import Arguments, check_arguments
+from kernels.gca.operator import gca_operator
 from kernels.gca.reference import grouped_cross_attention_reference
 from kernels.gca.retrieval import chunk_weights, retrieve_chunks
 from kernels.gca.reverse_map import reverse_index
@@ -20,8 +20,6 @@ __all__ = ["chunk_weights", "grouped_cross_attention", "retrieve_chunks", "rever
 
 Implementation = Literal["auto", "triton", "reference", "cpu"]
 IMPLEMENTATIONS = ("auto", "triton", "reference", "cpu")
-Tensors: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]
-"""q, k, v, indices, weights, kv_lengths."""
 
 
 def grouped_cross_attention(
@@ -68,45 +66,33 @@ def grouped_cross_attention(
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"unknown implementation {implementation!r}, use one of {', '.join(IMPLEMENTATIONS)}")
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    tensors: Tensors = q, k, v, indices, weights, kv_lengths
+    arguments = Arguments(q, k, v, indices, weights, kv_lengths)
     if indices.dim() != 4:
-        return _attend(tensors, reverse, scale, softmax_off_by_one, implementation)
-    out = _attend(_fold_heads(*tensors), reverse, scale, softmax_off_by_one, implementation)
+        return _attend(arguments, reverse, scale, softmax_off_by_one, implementation)
+    out = _attend(arguments.fold_heads(), reverse, scale, softmax_off_by_one, implementation)
     return out.unflatten(0, (q.shape[0], -1)).permute(0, 2, 3, 1, 4, 5).flatten(3, 4)
 
 
 def _attend(
-    tensors: Tensors, reverse: Tensor | None, scale: float, softmax_off_by_one: bool, implementation: Implementation
+    arguments: Arguments,
+    reverse: Tensor | None,
+    scale: float,
+    softmax_off_by_one: bool,
+    implementation: Implementation,
 ) -> Tensor:
-    check_arguments(*tensors, reverse=reverse)
-    q = tensors[0]
+    check_arguments(arguments, reverse)
+    q, tensors = arguments.q, arguments.tensors()
     with torch.autocast(q.device.type, enabled=False):  # products stay in the accumulation type
         if implementation == "reference":
             return grouped_cross_attention_reference(*tensors, scale=scale, softmax_off_by_one=softmax_off_by_one)
+        engine = "native" if implementation == "auto" else implementation
         if implementation == "triton" or (implementation == "auto" and _triton_serves(q)):
-            from kernels.gca.triton import check_device, gca_triton  # triton is optional and slow to import
+            from kernels.gca.triton import check_device  # triton is optional and slow to import
 
             check_device(q)
-            return gca_triton(*tensors, reverse, scale, softmax_off_by_one)[0]
-        return gca_cpu(*tensors, scale, softmax_off_by_one, implementation == "auto")[0]
+            engine = "triton"
+        return gca_operator(*tensors, reverse, scale, softmax_off_by_one, engine)[0]
 
 
 def _triton_serves(q: Tensor) -> bool:
     return q.is_cuda and q.dtype != torch.float64 and q.shape[-1] <= 256 and find_spec("triton") is not None
-
-
-def _fold_heads(
-    q: Tensor, k: Tensor, v: Tensor, indices: Tensor, weights: Tensor, kv_lengths: Tensor | None
-) -> Tensors:
-    """Turn one retrieval per kv head into more batch rows of one kv head each."""
-    heads = k.shape[3] if k.dim() == 5 else 0
-    if indices.shape[2] != heads or q.dim() != 5 or q.shape[3] % heads or weights.shape != indices.shape:
-        raise ValueError(
-            "indices and weights of one retrieval per kv head must be [B, N, Hk, K] beside k [B, E, C, Hk, D], "
-            f"got {list(indices.shape)}, {list(weights.shape)} and {list(k.shape)}"
-        )
-    query = q.unflatten(3, (heads, -1)).permute(0, 3, 1, 2, 4, 5).flatten(0, 1)
-    key, value = (x.permute(0, 3, 1, 2, 4).flatten(0, 1).unsqueeze(3) for x in (k, v))
-    slots, slot_weights = (x.transpose(1, 2).flatten(0, 1) for x in (indices, weights))
-    lengths = None if kv_lengths is None else kv_lengths.repeat_interleave(heads, 0)
-    return query, key, value, slots, slot_weights, lengths

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels.gca.arguments import Arguments
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -30,8 +32,9 @@ class Plan:
     dtype: torch.dtype
 
 
-def make_plan(q: Tensor, k: Tensor, indices: Tensor, weights: Tensor, kv_lengths: Tensor | None) -> Plan:
+def make_plan(arguments: Arguments) -> Plan:
     """Number the chunks in use: all of them, or, if few are chosen (decoding), those alone."""
+    q, k, _, indices, weights, kv_lengths = arguments.tensors()
     num_chunks, chunk_size = k.shape[1:3]
     acc = torch.promote_types(q.dtype, torch.float32)
     empty = indices < 0

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from kernels.gca import tiles
+from kernels.gca.arguments import Arguments
 from kernels.gca.build import Problem, library
 from kernels.gca.layout import Plan, copy_chunks, make_plan, view_rows, write_chunks
 
@@ -41,7 +42,7 @@ def _works() -> bool:
     q, grad_out = normal(1, 4, 35, 4, 24), normal(1, 4, 35, 4, 24)
     k, v, weights = normal(1, 5, 19, 2, 24), normal(1, 5, 19, 2, 24), normal(1, 4, 3)
     indices = torch.randint(-1, 5, (1, 4, 3), generator=generator)
-    plan = make_plan(q, k, indices, weights, torch.tensor([[19, 7, 0, 16, 19]]))
+    plan = make_plan(Arguments(q, k, v, indices, weights, torch.tensor([[19, 7, 0, 16, 19]])))
     results = []
     for engine in (forward, tiles.forward):
         out, lse = engine(plan, q, k, v, 0.3, softmax_off_by_one=True)

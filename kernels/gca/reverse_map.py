@@ -80,8 +80,10 @@ class ReverseMap:
         return torch.cat(astuple(self))
 
     @classmethod
-    def unpack(cls, packed: Tensor, indices: Tensor, num_chunks: int) -> "ReverseMap":
-        """Undo `pack` for the map of ``indices [B, N, K]``."""
+    def of(cls, indices: Tensor, num_chunks: int, packed: Tensor | None) -> "ReverseMap":
+        """Undo `pack` for the map of ``indices`` ``[B, N, K]`` int32; build it where nothing was packed."""
+        if packed is None:
+            return cls.build(indices, num_chunks)
         return cls(*packed.split(_sizes(indices, num_chunks)))
 
 

@@ -1,4 +1,4 @@
-"""Grouped cross attention by the Triton kernels, as one operator with its own backward.
+"""Grouped cross attention by the Triton kernels.
 
 Runs on CUDA tensors, and on CPU tensors under Triton's interpreter (TRITON_INTERPRET=1 before the first import).
 
@@ -16,6 +16,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from kernels.gca.arguments import Arguments
 from kernels.gca.autotune import choose
 from kernels.gca.launch import Launch, Shape
 from kernels.gca.reverse_map import ReverseMap
@@ -50,26 +51,23 @@ def check_device(q: Tensor) -> None:
 
 
 @dataclass(frozen=True)
-class _Inputs:
-    """The arguments of an operator, laid out as the kernels want them."""
+class _Inputs(Arguments):
+    """The arguments, laid out as the kernels want them, and the factor of the scores."""
 
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    indices: Tensor
-    weights: Tensor
-    kv_lengths: Tensor | None
     scale: float
+
+    @classmethod
+    def lay_out(cls, arguments: Arguments, scale: float) -> "_Inputs":
+        """Copy what is not contiguous; keys and values only where their channels are apart."""
+        q, k, v, indices, weights, kv_lengths = arguments.tensors()
+        k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
+        lengths = None if kv_lengths is None else kv_lengths.contiguous()
+        return cls(q.contiguous(), k, v, indices.contiguous(), weights.contiguous(), lengths, scale)
 
     @property
     def lengths(self) -> Tensor:
         """What stands for the lengths: any integers if there are none."""
         return self.indices if self.kv_lengths is None else self.kv_lengths
-
-    @property
-    def group(self) -> int:
-        """Heads a kv head."""
-        return self.q.shape[3] // self.k.shape[3]
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -118,14 +116,6 @@ class _Inputs:
         block = [1, 1, tiles.block_c, 1, tiles.block_d]
         key, value = (TensorDescriptor(x, list(x.shape), list(x.stride()), block) for x in (self.k, self.v))
         return key, value
-
-
-def _inputs(
-    q: Tensor, k: Tensor, v: Tensor, indices: Tensor, weights: Tensor, kv_lengths: Tensor | None, scale: float
-) -> _Inputs:
-    k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
-    lengths = None if kv_lengths is None else kv_lengths.contiguous()
-    return _Inputs(q.contiguous(), k, v, indices.contiguous(), weights.contiguous(), lengths, scale)
 
 
 def _describable(x: Tensor) -> bool:
@@ -194,105 +184,42 @@ def _key_gradients(
         )  # fmt: skip
 
 
-@torch.library.custom_op("longhaul::gca_triton", mutates_args=())
-def gca_triton(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    indices: Tensor,
-    weights: Tensor,
-    kv_lengths: Tensor | None,
-    reverse: Tensor | None,
-    scale: float,
-    softmax_off_by_one: bool,
-) -> tuple[Tensor, Tensor]:
-    """Return the output and the base 2 log-sum-exp ``[B, N, K, H, S]`` (0 at empty slots)."""
-    inputs = _inputs(q, k, v, indices, weights, kv_lengths, scale)
-    out = torch.empty_like(inputs.q)
-    shape = (*indices.shape, q.shape[3], q.shape[2])
-    lse = torch.empty(shape, dtype=torch.float32, device=q.device)
-    run = functools.partial(_forward, inputs, softmax_off_by_one, (out, lse))
-    run(choose(inputs.shape("forward"), q.device, run))
-    return out, lse
+class TritonEngine:
+    """The kernels in their order."""
 
+    def statistics_shape(self, arguments: Arguments) -> tuple[int, ...]:
+        """Return ``[B, N, K, H, S]``."""
+        return (*arguments.indices.shape, arguments.q.shape[3], arguments.q.shape[2])
 
-@torch.library.custom_op("longhaul::gca_triton_backward", mutates_args=())
-def gca_triton_backward(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    indices: Tensor,
-    weights: Tensor,
-    kv_lengths: Tensor | None,
-    reverse: Tensor | None,
-    lse: Tensor,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of q, k, v and weights."""
-    inputs, grad_out = _inputs(q, k, v, indices, weights, kv_lengths, scale), grad_out.contiguous()
-    grad_q, delta = torch.empty_like(inputs.q), torch.empty_like(lse)
-    grad_k, grad_v = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
+    def forward(self, arguments: Arguments, scale: float, *, softmax_off_by_one: bool) -> tuple[Tensor, Tensor]:
+        """Compute the output ``[B, N, S, H, D]`` in the dtype of q and the float32 log-sum-exps ``[B, N, K, H, S]``.
 
-    def parts_of_grad_w(tiles: Launch) -> Tensor:
-        shape = (*indices.shape, k.shape[3] * inputs.blocks(tiles))
-        return torch.empty(shape, dtype=torch.float32, device=q.device)
+        They are 0 at empty slots.
+        """
+        inputs = _Inputs.lay_out(arguments, scale)
+        device, out = inputs.q.device, torch.empty_like(inputs.q)
+        lse = torch.empty(self.statistics_shape(arguments), dtype=torch.float32, device=device)
+        run = functools.partial(_forward, inputs, softmax_off_by_one, (out, lse))
+        run(choose(inputs.shape("forward"), device, run))
+        return out, lse
 
-    def run_query(tiles: Launch) -> Tensor:
-        grad_w = parts_of_grad_w(tiles)
-        _query_gradient(inputs, grad_out, lse, (delta, grad_q, grad_w), tiles)
-        return grad_w.sum(-1)
+    def backward(
+        self, arguments: Arguments, reverse: Tensor | None, grad_out: Tensor, lse: Tensor, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Compute the gradients of q, k, v and weights from ``grad_out`` ``[B, N, S, H, D]``, in their dtypes."""
+        inputs, grad_out = _Inputs.lay_out(arguments, scale), grad_out.contiguous()
+        indices, device, num_chunks = inputs.indices, inputs.q.device, inputs.k.shape[1]
+        grad_q, delta = torch.empty_like(inputs.q), torch.empty_like(lse)
+        grad_k, grad_v = (torch.empty(x.shape, dtype=x.dtype, device=device) for x in (inputs.k, inputs.v))
 
-    grad_w = run_query(choose(inputs.shape("query"), q.device, run_query))
-    table = (
-        ReverseMap.build(indices, k.shape[1]) if reverse is None else ReverseMap.unpack(reverse, indices, k.shape[1])
-    )
-    run_key = functools.partial(_key_gradients, inputs, grad_out, (lse, delta), table, (grad_k, grad_v))
-    run_key(choose(inputs.shape("key"), q.device, run_key))
-    return grad_q, grad_k, grad_v, grad_w
+        def run_query(tiles: Launch) -> Tensor:
+            shape = (*indices.shape, inputs.k.shape[3] * inputs.blocks(tiles))
+            parts_of_grad_w = torch.empty(shape, dtype=torch.float32, device=device)
+            _query_gradient(inputs, grad_out, lse, (delta, grad_q, parts_of_grad_w), tiles)
+            return parts_of_grad_w.sum(-1)
 
-
-@gca_triton.register_fake
-def _fake(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    indices: Tensor,
-    weights: Tensor,
-    kv_lengths: Tensor | None,
-    reverse: Tensor | None,
-    scale: float,
-    softmax_off_by_one: bool,
-) -> tuple[Tensor, Tensor]:
-    lse = q.new_empty((*indices.shape, q.shape[3], q.shape[2]), dtype=torch.float32)
-    return torch.empty_like(q, memory_format=torch.contiguous_format), lse
-
-
-@gca_triton_backward.register_fake
-def _fake_backward(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    indices: Tensor,
-    weights: Tensor,
-    kv_lengths: Tensor | None,
-    reverse: Tensor | None,
-    lse: Tensor,
-    scale: float,
-) -> tuple[Tensor, ...]:
-    return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v, weights))
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.scale, _ = inputs
-    ctx.save_for_backward(*tensors, output[1])
-    ctx.mark_non_differentiable(output[1])
-
-
-def _differentiate(ctx: Any, grad_out: Tensor, _grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-    grad_q, grad_k, grad_v, grad_weights = gca_triton_backward(grad_out, *ctx.saved_tensors, ctx.scale)
-    return grad_q, grad_k, grad_v, None, grad_weights, None, None, None, None
-
-
-gca_triton.register_autograd(_differentiate, setup_context=_save)
+        grad_w = run_query(choose(inputs.shape("query"), device, run_query))
+        table = ReverseMap.of(indices, num_chunks, reverse)
+        run_key = functools.partial(_key_gradients, inputs, grad_out, (lse, delta), table, (grad_k, grad_v))
+        run_key(choose(inputs.shape("key"), device, run_key))
+        return grad_q, grad_k, grad_v, grad_w

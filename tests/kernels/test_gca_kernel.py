@@ -178,13 +178,13 @@ def test_gradcheck(gca_inputs, implementation, off_by_one):
 
 
 def test_operator_passes_opcheck(gca_inputs):
-    from kernels.gca.cpu import gca_cpu
+    from kernels.gca.operator import gca_operator
 
     t = gca_inputs(B=1, N=3, S=2, H=2, Hk=1, D=4, E=3, C=3, K=2, ragged=True)
     leaves = [
         t[n].requires_grad_() if t[n].is_floating_point() else t[n] for n in ("q", "k", "v", "indices", "weights")
     ]
-    torch.library.opcheck(gca_cpu, (*leaves, t["kv_lengths"], 0.5, True, False))
+    torch.library.opcheck(gca_operator, (*leaves, t["kv_lengths"], None, 0.5, True, "cpu"))
 
 
 def test_compiles_without_graph_break(gca_inputs, run_gca):

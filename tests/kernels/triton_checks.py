@@ -14,7 +14,7 @@ import kernels.gca.triton
 from benchmarks.measure import allocations, poisoned
 from kernels.gca import grouped_cross_attention, reverse_index
 from kernels.gca.launch import candidates
-from kernels.gca.triton import gca_triton, gca_triton_backward
+from kernels.gca.operator import gca_backward_operator, gca_operator
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "gca"
 NAMES = ("q", "k", "v", "indices", "weights")
@@ -131,8 +131,8 @@ def far():
             for name, x in far_off.items():
                 x.copy_(tensors[name])
             leaves = [(far_off | tensors)[n] if n not in far_off else far_off[n] for n in NAMES]
-            out, lse = gca_triton(*leaves, None, None, 0.25, False)
-            grads = gca_triton_backward(tensors["grad_out"], *leaves, None, None, lse, 0.25)
+            out, lse = gca_operator(*leaves, None, None, 0.25, False, "triton")
+            grads = gca_backward_operator(tensors["grad_out"], *leaves, None, None, lse, 0.25, "triton")
         expected = run(tensors, "triton", scale=0.25)
         results = dict(zip(expected, (out, *grads), strict=True))
         assert all(torch.equal(results[key], expected[key]) for key in expected)
@@ -171,11 +171,11 @@ def poison():
 def operator():
     tensors = inputs(N=2, S=2)
     leaves = [tensors[n].requires_grad_(tensors[n].is_floating_point()) for n in NAMES]
-    torch.library.opcheck(gca_triton, (*leaves, None, None, 0.5, True))
+    torch.library.opcheck(gca_operator, (*leaves, None, None, 0.5, True, "triton"))
     plain = [leaf.detach() for leaf in leaves]
-    lse = gca_triton(*plain, None, None, 0.5, True)[1]
+    lse = gca_operator(*plain, None, None, 0.5, True, "triton")[1]
     index = reverse_index(tensors["indices"], 4)
-    torch.library.opcheck(gca_triton_backward, (tensors["grad_out"], *plain, None, index, lse, 0.5))
+    torch.library.opcheck(gca_backward_operator, (tensors["grad_out"], *plain, None, index, lse, 0.5, "triton"))
     strided = tensors | {n: tensors[n].transpose(1, 2).contiguous().transpose(1, 2) for n in ("k", "v")}
     compare(run(strided), run(tensors, "cpu"), 8e-6)
     compiled = torch.compile(grouped_cross_attention, fullgraph=True, backend="aot_eager")

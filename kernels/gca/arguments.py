@@ -1,8 +1,10 @@
-"""What the arguments of grouped cross attention must satisfy.
+"""The tensors of grouped cross attention, and what they must satisfy.
 
 Legend: B batch, N query groups, S rows of a group, H heads, Hk kv heads, D head size, E stored chunks, C keys of a
 chunk, K retrieved chunks.
 """
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -10,23 +12,65 @@ from torch import Tensor
 from kernels.gca.reverse_map import check_reverse
 
 
-def check_arguments(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    indices: Tensor,
-    weights: Tensor,
-    kv_lengths: Tensor | None,
-    *,
-    reverse: Tensor | None,
-) -> None:
+@dataclass(frozen=True)
+class Arguments:
+    """What every implementation is given."""
+
+    q: Tensor
+    """``[B, N, S, H, D]``, a float type."""
+    k: Tensor
+    """``[B, E, C, Hk, D]`` in the dtype of ``q``, any strides."""
+    v: Tensor
+    """``[B, E, C, Hk, D]`` likewise."""
+    indices: Tensor
+    """``[B, N, K]`` int32, chunk of each slot, -1 = empty."""
+    weights: Tensor
+    """``[B, N, K]`` float32 (float64 with float64 queries)."""
+    kv_lengths: Tensor | None
+    """``[B, E]`` int32 valid keys of each chunk; None = all."""
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        """Return the fields in their order."""
+        return self.q, self.k, self.v, self.indices, self.weights, self.kv_lengths
+
+    @property
+    def group(self) -> int:
+        """G, heads a kv head."""
+        return self.q.shape[3] // self.k.shape[3]
+
+    def fold_heads(self) -> "Arguments":
+        """Turn one retrieval per kv head (indices and weights ``[B, N, Hk, K]``) into B Hk batch rows of one kv head.
+
+        Raises:
+            ValueError: on shapes that do not fit.
+        """
+        heads = self.k.shape[3] if self.k.dim() == 5 else 0
+        shapes_fit = self.indices.shape[2] == heads and self.weights.shape == self.indices.shape
+        if not shapes_fit or self.q.dim() != 5 or self.q.shape[3] % heads:
+            raise ValueError(
+                "indices and weights of one retrieval per kv head must be [B, N, Hk, K] beside k [B, E, C, Hk, D], "
+                f"got {list(self.indices.shape)}, {list(self.weights.shape)} and {list(self.k.shape)}"
+            )
+        query = self.q.unflatten(3, (heads, -1)).permute(0, 3, 1, 2, 4, 5).flatten(0, 1)
+        key, value = (x.permute(0, 3, 1, 2, 4).flatten(0, 1).unsqueeze(3) for x in (self.k, self.v))
+        slots, weights = (x.transpose(1, 2).flatten(0, 1) for x in (self.indices, self.weights))
+        lengths = None if self.kv_lengths is None else self.kv_lengths.repeat_interleave(heads, 0)
+        return Arguments(query, key, value, slots, weights, lengths)
+
+
+def check_arguments(arguments: Arguments, reverse: Tensor | None) -> None:
     """Refuse arguments that do not fit together; values are looked at on a CPU only (a GPU would have to be awaited).
+
+    Args:
+        arguments: with indices ``[B, N, K]``.
+        reverse: int32, as `reverse_index` returns it, or None.
 
     Raises:
         ValueError: on the first misfit.
     """
-    _check_shapes(q, k, v, indices, weights)
-    _check_types(q, k, v, indices, weights)
+    k, indices, kv_lengths = arguments.k, arguments.indices, arguments.kv_lengths
+    _check_shapes(*arguments.tensors()[:5])
+    _check_types(*arguments.tensors()[:5])
     _check_range("indices", indices, -1, k.shape[1] - 1)
     if kv_lengths is not None:
         if kv_lengths.shape != k.shape[:2] or kv_lengths.dtype not in (torch.int32, torch.int64):
