@@ -4,11 +4,11 @@ A score folder holds:
 
 * ``manifest.json``: canonical JSON of everything that decides the scores; ``manifest_id`` is the SHA-256 of the file;
 * ``shard-000000.npy``: float32 [rows, T], the loss of every target in its short context, NaN where there is none;
-* ``shard-000000.json``: the record that makes the shard count: {shard, first, rows, bytes, sha256, manifest_id} and,
-  for information, where and how fast it was made.
+* ``shard-000000.json``: the record that makes the shard count: {shard, first, rows, bytes, sha256, manifest_id}, for
+  information, where and how fast it was made, and ``identity``, the SHA-256 of everything else in it.
 
 Notable: a shard without a valid record does not exist, so neither a killed writer nor several of them can leave
-something behind that is taken for scores.
+something behind that is taken for scores. A process hashes a shard before it reads the first score of it.
 
 Letters: T targets of a sequence.
 """
@@ -24,13 +24,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from datamodules.corpus_format import canonical_json, file_sha256
+from datamodules.corpus_format import canonical_json, file_sha256, identity_of
 from datamodules.sequence_store import SequenceStore, open_sequences
 
 FORMAT = "base-scores"
 VERSION = 1
 MANIFEST_FILE = "manifest.json"
 SCORE_DTYPE = np.dtype("<f4")
+# A record without an identity, as other writers may leave it, has no entries but these.
+RECORD_FIELDS = {"shard", "first", "rows", "bytes", "sha256", "manifest_id", "host", "seconds"}
 
 Verify = Literal["sizes", "full"]
 ShardState = Literal["intact", "missing", "torn", "corrupt"]
@@ -60,7 +62,8 @@ class ScoreStore:
     Args:
         path: score folder.
         sequences: the sequence store that was scored, or its path.
-        verify: ``"sizes"`` compares file sizes with the records, ``"full"`` also the SHA-256 of every shard.
+        verify: ``"sizes"`` compares file sizes with the records now and the SHA-256 of a shard when it is first read,
+            ``"full"`` all of them now.
 
     Raises:
         FileNotFoundError: no scores there.
@@ -80,7 +83,12 @@ class ScoreStore:
         self._maps: dict[int, npt.NDArray[np.float32]] = {}
         states = shard_states(self.path, self._shards, self.manifest_id, full=verify == "full")
         if problems := describe_problems(states):
-            raise ValueError(f"{self.path} cannot be used: {problems}; run python -m preprocess.score_tokens again")
+            files = ", ".join(suspects(self.path, self._shards, states, self.manifest_id)[:3])
+            raise ValueError(
+                f"{self.path} cannot be used: {problems}; run python -m preprocess.score_tokens again"
+                f"{f' (look at {files})' if files else ''}"
+            )
+        self._whole = set(states) if verify == "full" else set[int]()
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the maps behind."""
@@ -105,6 +113,12 @@ class ScoreStore:
                     f"shard {number} of {self.path} is {array.dtype} {array.shape}, not float32 "
                     f"{(shard.rows, self.num_targets)}: run python -m preprocess.score_tokens --verify"
                 )
+            if number not in self._whole and shard_state(self.path, shard, self.manifest_id, full=True) != "intact":
+                raise ValueError(
+                    f"{self.path / shard.array_name} is damaged: its checksum is not that of its record; "
+                    "run python -m preprocess.score_tokens again"
+                )
+            self._whole.add(number)
             self._maps[number] = array
         return self._maps[number]
 
@@ -126,7 +140,7 @@ def shard_state(folder: Path, shard: Shard, manifest_id: str, *, full: bool) -> 
         manifest_id: of the folder; a record of another manifest does not count.
         full: compare the hash, too.
     """
-    record, array = _record(folder / shard.record_name), folder / shard.array_name
+    record, array = read_record(folder / shard.record_name), folder / shard.array_name
     expected = {**shard._asdict(), "manifest_id": manifest_id}
     expected["shard"] = expected.pop("number")
     if any(record.get(name) != value for name, value in expected.items()) or not array.is_file():
@@ -149,6 +163,20 @@ def describe_problems(states: dict[int, ShardState]) -> str:
         if numbers:
             parts.append(f"{state} shards {', '.join(numbers)} of {len(states)}")
     return "; ".join(parts)
+
+
+def suspects(folder: Path, shards: list[Shard], states: dict[int, ShardState], manifest_id: str) -> list[str]:
+    """Name the files that make shards count for less than intact; files that were never written are none."""
+    ids = {read_record(folder / shard.record_name).get("manifest_id", manifest_id) for shard in shards}
+    if len(ids) == 1 and ids != {manifest_id}:
+        return [MANIFEST_FILE]  # every record names the one that was there
+    names = []
+    for shard in shards:
+        state = states[shard.number]
+        name = shard.array_name if state in ("torn", "corrupt") else shard.record_name
+        if state != "intact" and (folder / name).exists():
+            names.append(name)
+    return names
 
 
 def read_manifest(path: str | Path) -> tuple[dict[str, Any], str]:
@@ -174,18 +202,24 @@ def read_manifest(path: str | Path) -> tuple[dict[str, Any], str]:
 
 
 def check_sequences(path: Path, manifest: dict[str, Any], store_id: str) -> None:
-    """Raise ValueError if a manifest is of other sequences than those of ``store_id``."""
+    """Raise ValueError if a manifest is of other sequences than those of ``store_id``, or of no sequences at all."""
+    size = manifest.get("shard_size")
+    if not isinstance(size, int) or size < 1 or not isinstance(manifest.get("sequences"), str):
+        raise ValueError(f"{path / MANIFEST_FILE} lacks a valid shard_size or sequences: make the scores again")
     if manifest["sequences"] != store_id:
         raise ValueError(
-            f"{path} scores the sequences {manifest['sequences']}, but these are {store_id}: "
+            f"{path / MANIFEST_FILE} scores the sequences {manifest['sequences']}, but these are {store_id}: "
             "use the store that was scored, or score this one"
         )
 
 
-def _record(file: Path) -> dict[str, Any]:
-    """Return a commit record; an empty one if there is none or it is torn."""
+def read_record(file: Path) -> dict[str, Any]:
+    """Return a commit record; an empty one if there is none, or it is torn or changed."""
     try:
         record = json.loads(file.read_bytes())
     except (OSError, ValueError):
         return {}
-    return record if isinstance(record, dict) else {}
+    if not isinstance(record, dict):
+        return {}
+    whole = record["identity"] == identity_of(record) if "identity" in record else record.keys() <= RECORD_FIELDS
+    return record if whole else {}

@@ -5,11 +5,11 @@ A store is a folder of four files:
 * ``tokens.npy``: int32 [n, C], right-padded with 0;
 * ``index.npy``: int64 [n, 4] = (document, offset, num_tokens, first_target);
 * ``hashes.npy``: uint8 [n, 16], BLAKE2b-128 of the little-endian int32 bytes of the real tokens;
-* ``meta.json``: options, counts, ``store_id``, the SHA-256 of everything that a score depends on, and ``identity``,
-  the SHA-256 of everything else in the file.
+* ``meta.json``: options, counts, ``store_id``, the SHA-256 of everything that a score depends on, the SHA-256 of the
+  three arrays, and ``identity``, the SHA-256 of everything else in the file.
 
-Notable: a sequence is checked against its hash whenever it is read, so no score and no loss ever comes from a damaged
-one. A store travels to loader workers without its tokens; each process opens its own map on first use.
+Notable: a sequence is checked against its hash whenever it is read, and its padding, so no score and no loss ever comes
+from a damaged one. A store travels to loader workers without its tokens; each process opens its own map on first use.
 
 Letters: n sequences, C tokens of a sequence, T = C - 1 targets (target t is the token at position t + 1).
 """
@@ -82,7 +82,10 @@ class SequenceStore:
         self._hashes = self._open(HASHES_ARRAY, (count, HASH_SIZE), np.dtype(np.uint8))
         self._token_map()
         if store_id_of(self.meta, self.index, self._hashes) != self.store_id:
-            raise ValueError(f"{self.path} is damaged: index or hashes are not those of its store_id; make it again")
+            raise ValueError(
+                f"{self.path} is damaged: index or hashes are not those of its store_id ({INDEX_ARRAY} or "
+                f"{HASHES_ARRAY}); make it again"
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the map of the tokens behind."""
@@ -122,9 +125,11 @@ class SequenceStore:
 
         if not 0 <= number < len(self):
             raise IndexError(f"sequence {number} of {len(self)}")
-        tokens = self._token_map()[number]
-        if sequence_hash(tokens[: self.index[number, 2]]) != self._hashes[number].tobytes():
-            raise ValueError(f"sequence {number} of {self.path} is damaged: its hash differs; make the store again")
+        tokens, end = self._token_map()[number], self.index[number, 2]
+        if sequence_hash(tokens[:end]) != self._hashes[number].tobytes() or (tokens[end:] != PADDING_TOKEN).any():
+            raise ValueError(
+                f"sequence {number} of {self.path} is damaged: its hash differs ({TOKENS_ARRAY}); make the store again"
+            )
         return StoredSequence(
             input_ids=torch.from_numpy(tokens.astype(np.int64)),
             valid=self.valid(number),

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from datamodules.corpus import TokenCorpus, open_split
+from datamodules.span_scores import open_span_scores
 from patches.sentinel.sampler import SpanSampler
 
 UNIGRAM = "unigram"
@@ -38,7 +39,7 @@ class SpanHints:
         split: the split that blocks are cut from, one after the other.
         policy: of the sampler.
         scores: for ``low_information``: ``unigram`` takes ``-log`` of a token's share of the training split, a folder
-            holds ``<split>.npy`` with a number for each token of the split (losses of any model).
+            holds a number for each token of the split, see `datamodules.span_scores`.
         train_split: where unigrams are counted.
 
     Raises:
@@ -99,13 +100,7 @@ class SpanHints:
     @cached_property
     def stored(self) -> npt.NDArray[Any]:
         """The scores of the split, mapped from their file."""
-        file = Path(self.scores) / f"{self.split}.npy"
-        if not file.is_file():
-            raise FileNotFoundError(f"no scores at {file}: make them, or pass data.span_scores={UNIGRAM}")
-        scores: npt.NDArray[Any] = np.load(file, mmap_mode="r")
-        if scores.shape != (len(self.corpus),):
-            raise ValueError(f"{file} holds {scores.shape} scores, the split has {len(self.corpus)} tokens")
-        return scores
+        return open_span_scores(self.scores, self.corpus, split=self.split)
 
 
 def hinted_spans(

@@ -17,7 +17,7 @@ from preprocess.chunk_cut import Tail, chunk_document
 from preprocess.chunk_inputs import DocumentInput, Vocabulary
 from preprocess.chunk_store import SequenceWriter
 from preprocess.index import is_taken, move_into_place
-from preprocess.journal import WorkFolder
+from preprocess.journal import WorkFolder, full_disk_named
 
 Report = Callable[[int, int, int], None]
 """Called with documents, tokens and inputs done so far."""
@@ -78,7 +78,7 @@ def make_sequences(
         return Outcome(finished, was_there=True)
     folder = output.parent / f".{output.name}.{digest(fields)[:12]}.partial"
     try:
-        with WorkFolder(folder) as held:
+        with full_disk_named(output), WorkFolder(folder) as held:
             meta = _write(inputs, cut, folder=folder, fields=fields, report=report)
             held.clear_tools()
             move_into_place(folder, output, overwrite=overwrite)

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from datamodules.corpus_format import META_FILE, canonical_json, identity_of
+from datamodules.corpus_format import META_FILE, canonical_json, file_sha256, identity_of
 from datamodules.sequence_store import (
     FORMAT,
     HASH_SIZE,
@@ -78,6 +78,7 @@ class SequenceWriter:
         meta: dict[str, Any] = {"format": FORMAT, "version": VERSION, "length": self.length, **fields}
         meta |= {"num_sequences": len(index), "num_targets": self.num_targets, "max_token_id": self.max_token_id}
         meta["store_id"] = store_id_of(meta, index, hashes)
+        meta["sha256"] = {name: file_sha256(self.folder / name) for name in (TOKENS_ARRAY, INDEX_ARRAY, HASHES_ARRAY)}
         meta["identity"] = identity_of(meta)
         write_text(self.folder / META_FILE, canonical_json(meta) + "\n")
         return meta

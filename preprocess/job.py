@@ -6,7 +6,6 @@ found half done is continued, and gives the same bytes either way, for any numbe
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from datamodules.corpus_format import META_FILE, digest, read_meta, token_dtype
 from preprocess.documents import SPLITS, TRAIN, Source
 from preprocess.encode import encode_in_order
 from preprocess.index import check_eos, is_taken, move_into_place, refuse_foreign
-from preprocess.journal import Journal, WorkFolder
+from preprocess.journal import Journal, WorkFolder, full_disk_named
 from preprocess.tokenizers import canonical_backend, load_tokenizer, save_tokenizer, tokenizer_identity
 from preprocess.train_bpe import train_bpe
 
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
 TRAINED_PREFIX = "bpe:"
 TOKENIZER_FOLDER = "tokenizer"
 COMMIT_BYTES = 1 << 24
-FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 Report = Callable[[int, int, int], None]
 """Called with documents, tokens and parts done so far."""
@@ -103,19 +101,13 @@ def tokenize(work: Work, report: Report = lambda documents, tokens, parts: None)
         refuse_foreign(work.output, (*SPLITS, TOKENIZER_FOLDER))
     folder = work_folder(work, identity)
     try:
-        with WorkFolder(folder) as held:
+        with full_disk_named(work.output, keeps=folder), WorkFolder(folder) as held:
             outcome = _run(work, identity, folder=folder, report=report)
             held.clear_tools()
             move_into_place(folder, work.output, overwrite=work.overwrite)
     except ValueError:
         # Other text or other options are needed, and those are other work: nothing here will be taken up again.
         shutil.rmtree(folder)
-        raise
-    except OSError as error:
-        if error.errno in FULL_DISK:
-            raise OSError(
-                f"no space left for {work.output}: {folder} keeps what is done; make room and run this again"
-            ) from error
         raise
     return outcome
 

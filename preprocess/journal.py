@@ -6,17 +6,41 @@ have reached the disk. Whatever a killed process wrote after that is cut off whe
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
-from datamodules.corpus_format import canonical_json
+from datamodules.corpus_format import canonical_json, identity_of
 from preprocess.encode import Encoded
 from preprocess.index import NOTHING, CorpusFiles, Counts, write_text
 
 JOURNAL_FILE, LOCK_FILE = "journal.json", "lock"
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextmanager
+def full_disk_named(output: Path, *, keeps: Path | None = None) -> Iterator[None]:
+    """Say of a full disk what could not be made, and that nothing is lost.
+
+    Args:
+        output: what is being made.
+        keeps: the folder whose content the next run takes up, None if it begins anew.
+
+    Raises:
+        OSError: instead of the one of the file system, whose message names no file.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL_DISK:
+            raise
+        kept = "" if keeps is None else f"{keeps} keeps what is done; "
+        raise OSError(f"no space left for {output}: {kept}make room and run this again") from error
 
 
 class WorkFolder:
@@ -66,7 +90,7 @@ class Journal:
     def __init__(self, folder: Path, *, dtype: str, vocab_size: int, append: int | None):
         self.folder = folder
         self._format: dict[str, Any] = {"dtype": dtype, "vocab_size": vocab_size, "append": append}
-        state = _read(folder / JOURNAL_FILE)
+        state = read_state(folder / JOURNAL_FILE) or {"part": 0, "row": 0, "skipped": 0, "splits": {}}
         self.part, self.row = state["part"], state["row"]
         self.skipped: int = state["skipped"]
         self.files = {split: self._open(split, Counts(**counts)) for split, counts in state["splits"].items()}
@@ -97,7 +121,7 @@ class Journal:
             files.sync()
         splits = {split: files.counts._asdict() for split, files in self.files.items()}
         state = {"part": self.part, "row": self.row, "skipped": self.skipped, "splits": splits}
-        write_text(self.folder / JOURNAL_FILE, canonical_json(state) + "\n")
+        write_state(self.folder / JOURNAL_FILE, state)
 
     def close(self) -> None:
         """Close all files."""
@@ -110,8 +134,23 @@ class Journal:
         return CorpusFiles(folder, **self._format, counts=counts)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def write_state(path: Path, state: Mapping[str, Any]) -> None:
+    """Replace a journal in one step."""
+    write_text(path, canonical_json({**state, "identity": identity_of(state)}) + "\n")
+
+
+def read_state(path: Path) -> dict[str, Any] | None:
+    """Return what a journal says; None if there is none.
+
+    Raises:
+        ValueError: it is not what was written.
+    """
     if not path.exists():
-        return {"part": 0, "row": 0, "skipped": 0, "splits": {}}
-    state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return None
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): what is half done begins anew; run this again") from error
+    if not isinstance(state, dict) or state.pop("identity", None) != identity_of(state):
+        raise ValueError(f"{path} is damaged: what is half done begins anew; run this again")
     return state

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from datamodules.corpus_format import canonical_json
+from datamodules.corpus_format import canonical_json, identity_of
 from datamodules.score_store import MANIFEST_FILE, SCORE_DTYPE, Shard, read_manifest
 
 TEMPORARY_SUFFIX = ".partial"
@@ -74,6 +74,7 @@ def write_shard(
     content = buffer.getvalue()
     record: dict[str, Any] = {"shard": shard.number, "first": shard.first, "rows": shard.rows, "bytes": len(content)}
     record |= {"sha256": hashlib.sha256(content).hexdigest(), "manifest_id": manifest_id, **about}
+    record["identity"] = identity_of(record)
     for name, data in ((shard.array_name, content), (shard.record_name, canonical_json(record).encode())):
         _write_temporary(folder / name, data).replace(folder / name)
         _sync_folder(folder)

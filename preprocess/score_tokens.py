@@ -14,6 +14,7 @@ from datamodules.score_store import (
     read_manifest,
     shard_states,
     shards_of,
+    suspects,
 )
 from datamodules.sequence_store import SequenceStore
 from preprocess.command import run_command
@@ -154,7 +155,8 @@ def report(output: Path, sequences: SequenceStore, *, full: bool) -> bool:
     kind = "intact" if full else "committed"
     print(f"{output}: {intact} of {len(shards)} shards {kind}, {rows:,} of {len(sequences):,} sequences")
     if problems := describe_problems(states):
-        print(f"  {problems}")
+        files = ", ".join(suspects(output, shards, states, manifest_id)[:3])
+        print(f"  {problems}{f' (look at {files})' if files else ''}")
     return intact == len(shards)
 
 

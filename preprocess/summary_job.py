@@ -20,7 +20,7 @@ from datamodules.summary_store import DOCUMENTS, FORMAT, SUMMARIES, TEXTS_FILE, 
 from preprocess.documents import SPLITS, Document
 from preprocess.encode import Encoder, Ids, encode_in_order
 from preprocess.index import CorpusFiles, is_taken, move_into_place, refuse_foreign, write_text
-from preprocess.journal import WorkFolder
+from preprocess.journal import WorkFolder, full_disk_named
 from preprocess.summary_sources import Pair, PairSource
 from preprocess.tokenizers import canonical_backend, load_tokenizer, save_tokenizer, tokenizer_identity
 
@@ -93,7 +93,7 @@ def make_summaries(work: SummaryWork, report: Report = lambda pairs, tokens, par
             raise FileExistsError(f"{work.output} {held}: choose another --output{' or use --overwrite' * bool(metas)}")
         refuse_foreign(work.output, (*SPLITS, TOKENIZER_FOLDER))
     folder = work.output.parent / f".{work.output.name}.{identity[:12]}.partial"
-    with WorkFolder(folder) as held_folder:
+    with full_disk_named(work.output), WorkFolder(folder) as held_folder:
         try:
             outcome = _write(work, tokenizer, folder=folder, identity=identity, report=report)
         except ValueError:

@@ -67,7 +67,10 @@ def test_torn_shards_are_found_by_size_and_flipped_ones_by_hash(folder, sequence
     with pytest.raises(ValueError, match="torn shards 1 of 3"):
         ScoreStore(folder, sequences)
     file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    ScoreStore(folder, sequences)
+    damaged = ScoreStore(folder, sequences)
+    damaged[4], damaged[10]
+    with pytest.raises(ValueError, match=r"shard-000001\.npy is damaged"):
+        damaged[5]
     with pytest.raises(ValueError, match="corrupt shards 1 of 3"):
         ScoreStore(folder, sequences, verify="full")
     with pytest.raises(ValueError, match="verify is one of sizes, full, got hash"):
@@ -79,6 +82,17 @@ def test_a_record_that_is_not_of_the_shard_does_not_count(folder, sequences, nam
     record = folder / "shard-000002.json"
     record.write_text(json.dumps(json.loads(record.read_text()) | {name: 77}))
     with pytest.raises(ValueError, match="missing shards 2 of 3"):
+        ScoreStore(folder, sequences)
+
+
+def test_a_record_without_an_identity_holds_only_what_is_documented(folder, sequences):
+    record = folder / "shard-000000.json"
+    content = json.loads(record.read_text())
+    content.pop("identity")
+    record.write_text(json.dumps(content))
+    ScoreStore(folder, sequences, verify="full")
+    record.write_text(json.dumps(content | {"idfntity": "?"}))
+    with pytest.raises(ValueError, match=r"missing shards 0 of 3; .* \(look at shard-000000\.json\)"):
         ScoreStore(folder, sequences)
 
 
@@ -105,6 +119,8 @@ def test_changed_or_missing_manifests_are_refused(folder, sequences, tmp_path):
         (json.dumps(manifest, indent=1), "was changed"),
         ("{", "is damaged"),
         (canonical_json(manifest | {"version": 9}), "version 1"),
+        (canonical_json(manifest | {"shard_size": 0}), "lacks a valid shard_size"),
+        (canonical_json(manifest | {"note": 1}), r"look at manifest\.json"),
     ]:
         file.write_text(content)
         with pytest.raises(ValueError, match=message):

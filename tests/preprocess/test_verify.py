@@ -1,6 +1,7 @@
 """Verification finds a single wrong bit and names the file."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -105,4 +106,23 @@ def test_a_flipped_bit_of_sequences_is_found(sequences_folder, capsys, name):
     file.write_bytes(content)
     assert run_command(main, [str(sequences_folder)]) == 2
     message = capsys.readouterr().err
-    assert message.startswith("error: ") and message.count("\n") == 1 and "train" in message
+    assert message.startswith("error: ") and message.count("\n") == 1 and str(file) in message
+
+
+def test_whole_summaries_and_their_tokenizer_pass(summary_folder, tmp_path, capsys):
+    store = shutil.copytree(summary_folder, tmp_path / "store")
+    assert run_command(main, [str(store)]) == 0
+    assert "train: whole, 23 documents with summaries" in capsys.readouterr().out
+    assert run_command(main, [str(store / "test")]) == 0
+    file = store / "tokenizer" / "tokenizer_config.json"
+    file.write_text(file.read_text().replace('"eos_token": "<|endoftext|>"', '"eos_token": "<|pad|>"'))
+    assert run_command(main, [str(store)]) == 2
+    assert f"{file.parent} is damaged or was replaced" in capsys.readouterr().err
+
+
+def test_scores_of_sequences_are_sent_to_their_own_check(tmp_path, capsys):
+    (tmp_path / "manifest.json").write_text("{}")
+    assert run_command(main, [str(tmp_path)]) == 2
+    assert (
+        f"python -m preprocess.score_tokens --sequences FOLDER --output {tmp_path} --verify" in capsys.readouterr().err
+    )
