@@ -22,7 +22,15 @@ from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from callbacks.checkpoint_folder import FSDP_META, flush_folder, gathered_shards, metadata_of, verify
+from callbacks.checkpoint_folder import (
+    FSDP_META,
+    ONE_FILE,
+    flush_folder,
+    gathered_shards,
+    metadata_of,
+    refuse_other_layout,
+    verify,
+)
 from callbacks.termination import Termination
 from callbacks.zero_checkpoint import zero_state_dict
 from evaluation.results import write_text
@@ -55,6 +63,16 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             raise OSError(f"cannot write checkpoint {target} ({error}): free space and resume") from error
         os.replace(partial, target)
         flush_folder(target.parent)
+
+    def load_checkpoint(self, path: _PATH, *arguments: Any, **options: Any) -> dict[str, Any]:
+        """Load a file.
+
+        Raises:
+            ValueError: the checkpoint is a folder, which sharded strategies read.
+        """
+        refuse_other_layout(Path(path), (ONE_FILE,))
+        loaded: dict[str, Any] = super().load_checkpoint(path, *arguments, **options)
+        return loaded
 
 
 class StepCheckpoint(Checkpoint):

@@ -10,7 +10,7 @@ import os
 import re
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ import torch
 from callbacks.pickle_names import imported_names
 from evaluation.results import read_json, write_json
 
+# What a checkpoint can be, in words.
+ONE_FILE, FSDP2, DEEPSPEED = "one file", "a folder of FSDP2", "a folder of DeepSpeed"
 SEAL = "seal.json"
 FSDP_META = "meta.pt"
 BLOCK = 1 << 22
@@ -74,13 +76,25 @@ def verify(folder: Path) -> None:
             raise ValueError(f"{path} names {named}, which no checkpoint needs: it is not read")
 
 
-def metadata_of(folder: Path) -> dict[str, Any]:
-    """What a sealed checkpoint stores beside weights and moments: step, model configuration, states of loops."""
-    if (folder / FSDP_META).is_file():
-        return torch.load(folder / FSDP_META, map_location="cpu", weights_only=True)
+def refuse_other_layout(path: Path, readable: Collection[str]) -> None:
+    """Raise ValueError unless a checkpoint is of one of the readable layouts."""
+    found = ONE_FILE if path.is_file() else FSDP2 if (path / FSDP_META).is_file() else DEEPSPEED
+    if found not in readable:
+        raise ValueError(
+            f"checkpoint {path} is {found}, and this trainer reads {' or '.join(readable)}: resume with the trainer "
+            f"that it was written with, or begin another run with its weights: python export.py checkpoint={path}, "
+            "then model.path=FOLDER"
+        )
+
+
+def metadata_of(path: Path) -> dict[str, Any]:
+    """What a checkpoint stores beside weights and moments: step, model configuration, states of loops."""
+    if path.is_file() or (path / FSDP_META).is_file():
+        file = path if path.is_file() else path / FSDP_META
+        return torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     from callbacks.zero_checkpoint import model_states
 
-    return model_states(folder)[0]
+    return model_states(path)[0]
 
 
 def gathered_shards(folder: Path) -> dict[str, Any]:

@@ -1,22 +1,41 @@
-"""Strategies that shard a model over processes; their checkpoints are folders that are whole or absent."""
+"""Strategies that shard a model over processes; their checkpoints are folders that are whole or absent.
+
+Notable: a checkpoint of adapters holds what is learnt alone, see `callbacks.sharded_state`.
+"""
 
 from __future__ import annotations
 
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
 
-from callbacks.checkpoint_folder import flush_folder, seal
+from callbacks.checkpoint_folder import (
+    DEEPSPEED,
+    FSDP2,
+    ONE_FILE,
+    flush_folder,
+    metadata_of,
+    refuse_other_layout,
+    seal,
+)
+from callbacks.sharded_state import ADAPTERS, fill_slices, learnt_state_alone, named_moments
 
 
 class SealedCheckpoints:
-    """Let all processes write ``x.ckpt.part/``, then seal it and give it its name."""
+    """Let all processes write ``x.ckpt.part/``, then seal it and give it its name.
+
+    Attributes:
+        layouts: checkpoints that the strategy reads.
+    """
+
+    layouts: tuple[str, ...]
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any = None) -> None:
         """Save the shards of all processes, which all must call."""
@@ -41,6 +60,33 @@ class SealedCheckpoints:
             os.replace(partial, target)
         strategy.barrier()
 
+    def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
+        """Load the shards of this process; weights that a checkpoint of adapters leaves out stay as they are.
+
+        Raises:
+            ValueError: the checkpoint is not for this strategy.
+        """
+        strategy: Any = self
+        path = Path(strategy.broadcast(str(checkpoint_path)))
+        refuse_other_layout(path, self.layouts)
+        stored = metadata_of(path)
+        self.check_processes(path, stored)
+        with learnt_state_alone(strategy.lightning_module) if ADAPTERS in stored else nullcontext():
+            return self.load_shards(path, weights_only)
+
+    def load_shards(self, path: Path, weights_only: bool | None) -> dict[str, Any]:
+        """Load a checkpoint of one of the readable layouts."""
+        loaded: dict[str, Any] = super().load_checkpoint(path, weights_only)  # type: ignore[misc]
+        return loaded
+
+    def check_processes(self, path: Path, stored: dict[str, Any]) -> None:
+        """Refuse a checkpoint that another number of processes has written, where that matters."""
+
+    def saved_state(self) -> AbstractContextManager[None]:
+        """What of the module's state a checkpoint holds: all, or with adapters what is learnt."""
+        module = self.lightning_module  # type: ignore[attr-defined]
+        return learnt_state_alone(module) if getattr(module, "frozen_identity", None) else nullcontext()
+
 
 class FullyShardedData(SealedCheckpoints, ModelParallelStrategy):
     """FSDP2 over all processes: every one holds a slice of weights, gradients and moments.
@@ -56,6 +102,28 @@ class FullyShardedData(SealedCheckpoints, ModelParallelStrategy):
             save_distributed_checkpoint=save_distributed_checkpoint, process_group_backend=process_group_backend
         )
 
+    layouts = (FSDP2, ONE_FILE)
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Weights in the slices of this process, or whole in the first one."""
+        with self.saved_state():
+            return super().lightning_module_state_dict()
+
+    def load_shards(self, path: Path, weights_only: bool | None) -> dict[str, Any]:
+        """Load a folder, or of one file, whoever has written it, the slices of this process."""
+        if path.is_dir():
+            return super().load_shards(path, weights_only)
+        from torch.distributed.checkpoint import state_dict as sharded  # slow to import
+
+        assert self.model is not None
+        stored: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        options = sharded.StateDictOptions(full_state_dict=True)
+        fill_slices(self.model, stored.pop("state_dict"))
+        for optimizer, state in zip(self.optimizers, stored["optimizer_states"], strict=False):
+            named = named_moments(self.model, optimizer, state)
+            sharded.set_optimizer_state_dict(self.model, optimizer, named, options=options)
+        return stored
+
     def setup_environment(self) -> None:
         """All processes split the data, none the layers."""
         self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
@@ -66,9 +134,20 @@ class ShardedDeepSpeed(SealedCheckpoints, DeepSpeedStrategy):
     """Lightning's DeepSpeed strategy, with its options.
 
     Offloaded moments are updated by torch's AdamW on the host: DeepSpeed's own needs a compiler on every machine.
+
+    Args:
+        stage: of ZeRO.
+        **options: of Lightning's strategy.
+
+    Raises:
+        ValueError: ``exclude_frozen_parameters``, which follows from the model.
     """
 
+    layouts = (DEEPSPEED,)
+
     def __init__(self, stage: int = 2, **options: Any) -> None:
+        if "exclude_frozen_parameters" in options:
+            raise ValueError("exclude_frozen_parameters follows from the model: leave it out of trainer.strategy")
         # Lightning would look for the batch size in a batch sampler, which loaders of whole batches have none of.
         super().__init__(stage=stage, **{"logging_batch_size_per_gpu": 1} | options)
         assert isinstance(self.config, dict)
@@ -84,3 +163,23 @@ class ShardedDeepSpeed(SealedCheckpoints, DeepSpeedStrategy):
         """
         self._init_config_if_needed()
         yield
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any = None) -> None:
+        """Save the shards of all processes, without those of frozen weights if the module leaves these out."""
+        self.exclude_frozen_parameters = ADAPTERS in checkpoint
+        with self.saved_state():
+            super().save_checkpoint(checkpoint, filepath, storage_options)
+
+    def check_processes(self, path: Path, stored: dict[str, Any]) -> None:
+        """Refuse moments that are cut for another number of processes.
+
+        Raises:
+            ValueError: they are.
+        """
+        written, here = stored["dp_world_size"], self.world_size
+        if written != here:
+            raise ValueError(
+                f"checkpoint {path} was written by {written} DeepSpeed processes and this run has {here}: resume with "
+                f"{written} (sequences_per_step keeps the batch), or begin another run with its weights: "
+                f"python export.py checkpoint={path}, then model.path=FOLDER"
+            )

@@ -42,7 +42,7 @@ def model_states(folder: Path) -> list[dict[str, Any]]:
 
 
 def zero_state_dict(folder: Path) -> dict[str, Tensor]:
-    """Weights of a ZeRO checkpoint by their names in the Lightning module, trained ones float32, and its buffers.
+    """Weights in a ZeRO checkpoint by their names in the Lightning module, trained ones float32, and its buffers.
 
     Args:
         folder: ``step_N.ckpt`` as the engine wrote it.
@@ -67,7 +67,8 @@ def zero_state_dict(folder: Path) -> dict[str, Tensor]:
         for shapes, parts, padding in zip(first["param_shapes"], groups, paddings, strict=True):
             state |= dict(_stage_2(shapes, torch.cat(parts), padding))
         state |= dict(first["frozen_param_fragments"] or {})
-    return state | {alias: state[name] for alias, name in first["shared_params"].items()}
+    # Of a checkpoint of adapters, frozen ones are absent by each of their names.
+    return state | {alias: state[name] for alias, name in first["shared_params"].items() if name in state}
 
 
 def _stage_2(shapes: dict[str, torch.Size], flat: Tensor, padding: list[int] | None) -> Iterator[tuple[str, Tensor]]:

@@ -1,7 +1,8 @@
 """Checkpoints of a model with adapters: what training changes, and which frozen weights it stands on.
 
 Notable: frozen weights come from where the run has them (a folder, the hub, a seed), so a checkpoint holds none of
-them. It names them by sums over their bits, exact on every device, and is refused on top of other ones.
+them. It names them by sums over their bits, exact on every device, and is refused on top of other ones. Under `BASE` it
+says that it does, which is also what strategies that write and read shards themselves go by.
 """
 
 from __future__ import annotations
@@ -33,26 +34,36 @@ def frozen_identity(module: nn.Module) -> str:
 
 def leave_frozen_out(module: nn.Module, checkpoint: dict[str, Any], identity: str) -> None:
     """Take the frozen parameters out of a checkpoint and note which they are."""
-    frozen, state = frozen_names(module), checkpoint["state_dict"]
-    checkpoint["state_dict"] = {name: tensor for name, tensor in state.items() if name not in frozen}
+    frozen = frozen_names(module)
+    if "state_dict" in checkpoint:
+        state = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {name: tensor for name, tensor in state.items() if name not in frozen}
     checkpoint[BASE] = identity
 
 
-def put_frozen_back(module: nn.Module, checkpoint: dict[str, Any]) -> None:
+def put_frozen_back(module: nn.Module, checkpoint: dict[str, Any], identity: str | None) -> None:
     """Complete a checkpoint that `leave_frozen_out` made with the frozen parameters of this module.
+
+    Of shards, which their strategy has loaded by itself, nothing is left to complete.
+
+    Args:
+        module: the module that loads it.
+        checkpoint: changed in place.
+        identity: that of the module's frozen parameters; None without adapters.
 
     Raises:
         ValueError: the checkpoint was trained on top of others.
     """
     if BASE not in checkpoint:
         return
-    if checkpoint[BASE] != frozen_identity(module):
+    if checkpoint[BASE] != identity:
         raise ValueError(
             "the checkpoint holds adapters of a model with other frozen weights: load the model that they were trained "
             "on (model.path, or the seed it was drawn with), or choose another output="
         )
-    own = module.state_dict()
-    checkpoint["state_dict"] |= {name: own[name] for name in frozen_names(module) & own.keys()}
+    if checkpoint.get("state_dict"):
+        own = module.state_dict()
+        checkpoint["state_dict"] |= {name: own[name] for name in frozen_names(module) & own.keys()}
 
 
 def _bit_sum(tensor: Tensor) -> int:

@@ -24,7 +24,7 @@ from lightning_modules.lora import MergedModel, has_adapters, save_adapter
 from lightning_modules.model_identity import refuse_other_model
 from lightning_modules.optimization import Optimization, decay_groups, group_options, total_grad_norm
 from lightning_modules.packed_rows import document_inputs
-from lightning_modules.sharding import is_sharded, shard_module, whole
+from lightning_modules.sharding import shard_module, whole
 from lightning_modules.step_targets import StepTargets
 from losses.cross_entropy import next_token_nll
 
@@ -39,6 +39,9 @@ class CausalLMModule(pl.LightningModule):
         seed: seed of initial weights and of all randomness in training steps.
         gradient_checkpointing: recompute activations in the backward pass.
         compile: ``torch.compile`` the model in place.
+
+    Attributes:
+        frozen_identity: which weights the adapters stand on, of which checkpoints hold none; None without adapters.
 
     Raises:
         ValueError: a schedule that ends, without ``max_steps``.
@@ -63,7 +66,7 @@ class CausalLMModule(pl.LightningModule):
         self.max_steps, self.seed = max_steps, seed
         self.gradient_checkpointing, self.compile_model = gradient_checkpointing, compile
         self.grad_norm: torch.Tensor | None = None
-        self._frozen_identity: str | None = None
+        self.frozen_identity: str | None = None
         self.step_targets = StepTargets()
 
     def configure_model(self) -> None:
@@ -73,6 +76,8 @@ class CausalLMModule(pl.LightningModule):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             self.model = self.build_model()
+        if has_adapters(self.model):  # now, before an engine rounds or splits what is frozen
+            self.frozen_identity = frozen_identity(self)
         self.model.train()
         if self.gradient_checkpointing:
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -185,15 +190,10 @@ class CausalLMModule(pl.LightningModule):
         save_adapter(self.model, folder)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Store the model's configuration beside its weights; of a model with adapters only what training changes.
-
-        A strategy that shards the model writes its shards whole.
-        """
+        """Store the model's configuration beside its weights; of a model with adapters only what training changes."""
         checkpoint["model_config"] = self.model.config.to_json_string(use_diff=False)
-        if has_adapters(self.model) and "state_dict" in checkpoint and not is_sharded(self):
-            if self._frozen_identity is None:
-                self._frozen_identity = frozen_identity(self)
-            leave_frozen_out(self, checkpoint, self._frozen_identity)
+        if self.frozen_identity is not None:
+            leave_frozen_out(self, checkpoint, self.frozen_identity)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another model; put frozen weights back that it leaves out.
@@ -202,5 +202,5 @@ class CausalLMModule(pl.LightningModule):
             ValueError: its configuration, its tensors or the weights that its adapters stand on are not those of this
                 model.
         """
-        put_frozen_back(self, checkpoint)
+        put_frozen_back(self, checkpoint, self.frozen_identity)
         refuse_other_model(self, checkpoint)

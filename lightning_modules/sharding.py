@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -37,12 +36,6 @@ def shard_module(module: pl.LightningModule, model: nn.Module) -> None:
     fully_shard(module, mesh=mesh)
     for name in STEPS:
         register_fsdp_forward_method(module, name)
-
-
-def is_sharded(module: pl.LightningModule) -> bool:
-    """Whether no process holds all of the module's weights, or an engine keeps them."""
-    strategy = None if module._trainer is None else module._trainer.strategy
-    return module._device_mesh is not None or isinstance(strategy, DeepSpeedStrategy)
 
 
 def whole(value: Any) -> Tensor:
