@@ -115,7 +115,7 @@ def _check(input_ids: Tensor, valid: Tensor | None, windows_per_forward: int | N
 
 
 def pack_scores(scores: Tensor) -> Tensor:
-    """View float32 scores as int32 bits: precision plugins leave integers alone.
+    """View float32 scores ``[...]`` as int32 bits: precision plugins leave integers alone.
 
     Raises:
         ValueError: another dtype.
@@ -126,7 +126,7 @@ def pack_scores(scores: Tensor) -> Tensor:
 
 
 def unpack_scores(bits: Tensor) -> Tensor:
-    """View int32 bits as the float32 scores that `pack_scores` was given.
+    """View int32 bits ``[...]`` as the float32 scores that `pack_scores` was given.
 
     Raises:
         ValueError: another dtype.

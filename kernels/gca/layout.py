@@ -57,7 +57,8 @@ def make_plan(arguments: Arguments) -> Plan:
 def copy_chunks(x: Tensor, plan: Plan, heads: slice, target: Tensor | None = None) -> Tensor:
     """Copy the chunks in use, ``[B, E, C, Hk, D]`` to ``[h, U + 1, C, D]``; dead keys and the last chunk are 0.
 
-    A ``target`` is filled in place; its rows may be longer than D.
+    The copy has the accumulation type, or the dtype of a ``target``, which is filled in place and whose rows may be
+    longer than D.
     """
     heads_of_x = x[:, :, :, heads]
     chosen = heads_of_x if plan.used is None else heads_of_x[plan.used][None]  # [B, E, C, h, D] or [1, U, C, h, D]
@@ -74,7 +75,7 @@ def copy_chunks(x: Tensor, plan: Plan, heads: slice, target: Tensor | None = Non
 
 
 def write_chunks(x: Tensor, chunks: Tensor, plan: Plan, heads: slice) -> None:
-    """Undo `copy_chunks` into ``x``."""
+    """Undo `copy_chunks`: ``[h, U + 1, C, D]`` (rows may be longer) into ``x`` ``[B, E, C, Hk, D]``, in its dtype."""
     part = x[:, :, :, heads]
     source = chunks[:, :-1, :, : x.shape[4]].permute(1, 2, 0, 3)  # [U, C, h, D]
     if plan.used is None:
@@ -84,5 +85,5 @@ def write_chunks(x: Tensor, chunks: Tensor, plan: Plan, heads: slice) -> None:
 
 
 def view_rows(x: Tensor, tile: slice, heads: slice, num_kv_heads: int) -> Tensor:
-    """View the rows of a tile head by head: ``[B, N, S, H, D]`` as ``[h, n, S, G, D]``."""
+    """View the rows of a tile head by head: ``[B, N, S, H, D]`` as ``[h, n, S, G, D]``, any dtype."""
     return x.flatten(0, 1)[tile].unflatten(2, (num_kv_heads, -1))[:, :, heads].permute(2, 0, 1, 3, 4)

@@ -23,7 +23,12 @@ VECTOR = 16
 
 
 def serves(q: Tensor, k: Tensor) -> bool:
-    """Say whether the compiled code works and pays: not where more than half of the threads would have no head."""
+    """Say whether the compiled code works and pays: not where more than half of the threads would have no head.
+
+    Args:
+        q: ``[B, N, S, H, D]``; not float64, which the code does not know.
+        k: ``[B, E, C, Hk, D]``.
+    """
     if q.device.type != "cpu" or q.dtype == torch.float64 or 0 in q.shape or 0 in k.shape:
         return False
     return torch.get_num_threads() <= 2 * _num_heads_at_once(q, k) and _works()
@@ -54,7 +59,10 @@ def _works() -> bool:
 def forward(
     plan: Plan, q: Tensor, k: Tensor, v: Tensor, scale: float, *, softmax_off_by_one: bool
 ) -> tuple[Tensor, Tensor]:
-    """Compute the output and the base 2 log-sum-exp of every slot, ``[Hk, R, K, S G]`` (0 at empty slots)."""
+    """Compute as `tiles.forward` ``[B, N, S, H, D]`` in the dtype of q, and the log-sum-exps ``[Hk, R, K, S G]``.
+
+    q, k and v are float32 or 16 bit, the log-sum-exps float32, 0 at empty slots.
+    """
     work = _Work(plan, q, k, scale, softmax_off_by_one)
     out = torch.empty(q.shape, dtype=q.dtype)
     lse = torch.zeros(k.shape[3], *plan.slots.shape, q.shape[2] * q.shape[3] // k.shape[3])
@@ -74,7 +82,7 @@ def forward(
 def backward(
     plan: Plan, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Compute the gradients of q, k, v and weights ``[R, K]``, recomputing the probabilities from the log-sum-exp."""
+    """Compute as `tiles.backward`, from ``grad_out`` ``[B, N, S, H, D]`` and float32 ``lse`` ``[Hk, R, K, S G]``."""
     work = _Work(plan, q, k, scale, False)
     grad_q = torch.empty(q.shape, dtype=q.dtype)
     grad_k, grad_v = (torch.zeros(x.shape, dtype=x.dtype) for x in (k, v))
@@ -135,21 +143,21 @@ class _Work:
         return buffer
 
     def read_rows(self, buffer: Tensor, x: Tensor, heads: slice) -> None:
-        """Copy the rows of some heads of ``[B, N, S, H, D]``."""
+        """Copy the rows of some heads, ``[B, N, S, H, D]`` of any dtype to float32 ``[h, R, S, G, W]``."""
         rows = view_rows(x, slice(None), heads, self.num_kv_heads)
         buffer[: rows.shape[0], ..., : self.head_dim].copy_(rows)
 
     def write_rows(self, x: Tensor, buffer: Tensor, heads: slice) -> None:
-        """Undo `read_rows`."""
+        """Undo `read_rows`: ``[h, R, S, G, W]`` to ``[B, N, S, H, D]``."""
         rows = view_rows(x, slice(None), heads, self.num_kv_heads)
         rows.copy_(buffer[: rows.shape[0], ..., : self.head_dim])
 
     def read_chunks(self, buffer: Tensor, x: Tensor, heads: slice) -> None:
-        """Copy the chunks of some heads of ``[B, E, C, Hk, D]``."""
+        """Copy the chunks of some heads, ``[B, E, C, Hk, D]`` of any dtype to float32 ``[h, U + 1, C, W]``."""
         copy_chunks(x, self.plan, heads, buffer[: heads.stop - heads.start])
 
     def write_chunks(self, x: Tensor, buffer: Tensor, heads: slice) -> None:
-        """Undo `read_chunks`; what no slot chose is 0."""
+        """Undo `read_chunks`, ``[h, U + 1, C, W]`` to ``[B, E, C, Hk, D]``; what no slot chose is 0."""
         buffer[:, self.unchosen] = 0.0
         write_chunks(x, buffer[: heads.stop - heads.start], self.plan, heads)
 

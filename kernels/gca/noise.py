@@ -15,7 +15,7 @@ SHORT_1, SHORT_2 = 0x21F0AAAD, 0x735A2D97
 
 
 def draw_seed(device: torch.device, generator: torch.Generator | Tensor | None) -> Tensor:
-    """Draw one integer from a generator (None = the default one); it stays on the device. Seeds are passed on."""
+    """Draw an int64 scalar ``[]`` from a generator (None = the default one), on the device; pass on seeds ``[B]``."""
     if isinstance(generator, Tensor):
         return generator
     return torch.empty((), dtype=torch.int64, device=device).random_(generator=generator)

@@ -31,7 +31,15 @@ class Engine(Protocol):
     def backward(
         self, arguments: Arguments, reverse: Tensor | None, grad_out: Tensor, lse: Tensor, scale: float
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return the gradients of q, k, v and weights in their shapes and dtypes."""
+        """Return the gradients of q, k, v and weights, in their shapes and dtypes, from that of the output.
+
+        Args:
+            arguments: as in `forward`.
+            reverse: int32 ``[...]`` of `reverse_index`, or None.
+            grad_out: ``[B, N, S, H, D]`` in the dtype of q.
+            lse: the log-sum-exps of `forward`.
+            scale: factor of the scores.
+        """
         ...
 
 

@@ -35,8 +35,8 @@ def retrieve_chunks(
     """Select the ``top_k`` visible chunks of largest ``s + noise``, with ``s = q . l / sqrt(M)``.
 
     Args:
-        queries: ``[B, N, M]``; computed in float32 whatever autocast says (float64 stays float64).
-        landmarks: ``[B, E, M]``.
+        queries: ``[B, N, M]``, any float type; computed in float32 whatever autocast says (float64 stays float64).
+        landmarks: ``[B, E, M]``, any float type.
         top_k: number of slots K.
         visible: "causal": row i is chunk number E - N + i and sees strictly earlier chunks; or int ``[B or 1, N, 2]``
             half-open ranges; or bool ``[B or 1, N, E]``; rows are those of `queries` in each form.
@@ -50,7 +50,7 @@ def retrieve_chunks(
 
     Returns:
         ``indices`` int32 ``[B, N, K]``, best first, ties to the lower chunk, -1 where fewer are visible; ``scores``
-        ``[B, N, K]`` without noise, -inf at empty slots, differentiable in queries and landmarks.
+        float32 (or float64) ``[B, N, K]`` without noise, -inf at empty slots, differentiable in queries and landmarks.
     """
     _check(queries, landmarks, top_k, visible, noise, generator)
     place = _place(queries, landmarks, visible, first_row)
@@ -71,10 +71,10 @@ def chunk_weights(scores: Tensor) -> Tensor:
     """Compute ``softmax(scores)`` over the last dimension; -inf gives 0 and a row of only -inf gives zeros.
 
     Args:
-        scores: ``[..., K]``.
+        scores: ``[..., K]``, float32 or float64.
 
     Returns:
-        ``[..., K]``; gradients are 0, never NaN, at empty slots.
+        ``[..., K]`` in the same dtype; gradients are 0, never NaN, at empty slots.
     """
     empty = scores == float("-inf")
     lonely = empty.all(-1, keepdim=True)
@@ -100,7 +100,10 @@ def _exact_products(device: torch.device) -> Iterator[None]:
 
 
 class _SelectedScores(torch.autograd.Function):
-    """The scores of the selected chunks alone, so that the backward reads K chunks of a row, never E."""
+    """``q . l / sqrt(M)`` of the selected chunks alone, so that the backward reads K chunks of a row, never E.
+
+    Queries ``[B, N, M]`` and keys ``[B, E, M]`` at int32 indices to scores ``[B, N, K]``, -inf at -1; one float type.
+    """
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, keys: Tensor, indices: Tensor) -> Tensor:

@@ -50,7 +50,7 @@ class ReverseMap:
 
     @classmethod
     def build(cls, indices: Tensor, num_chunks: int) -> "ReverseMap":
-        """Build the map of ``indices [B, N, K]`` over ``num_chunks`` = E chunks by one stable sort."""
+        """Build the map of ``indices`` ``[B, N, K]`` (integers) over ``num_chunks`` = E chunks by one stable sort."""
         batch, total = indices.shape[0], indices.shape[0] * num_chunks
         place = indices.long() + torch.arange(batch, device=indices.device)[:, None, None] * num_chunks
         ordered, order = place.masked_fill(indices < 0, total).flatten().sort(stable=True)
@@ -88,7 +88,7 @@ class ReverseMap:
 
 
 def check_reverse(packed: Tensor, indices: Tensor, num_chunks: int) -> None:
-    """Refuse what ``reverse_index(indices, num_chunks)`` cannot have returned.
+    """Refuse what ``reverse_index(indices, num_chunks)`` cannot have returned for ``indices`` ``[B, N, K]``.
 
     Raises:
         ValueError: on another type, size or device.

@@ -76,7 +76,7 @@ class Rules:
         return min(num_chunks, last + -last % GROUP)
 
     def noisy(self, scores: Tensor, rows: slice, columns: slice) -> Tensor:
-        """Return the scores ``[B, R, W]`` with noise, -inf where a row may not look; may change its argument."""
+        """Return ``scores + noise`` ``[B, R, W]`` in their dtype, -inf where hidden; may change its argument."""
         if self.noise is not None:
             scores = scores + self.noise[:, self.place.own(rows), columns]
         elif self.seed is not None:
@@ -195,6 +195,8 @@ def _onednn_is_better() -> bool:
 def top(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     """Select the largest of each row, ties to the lower column: ``[B, R, W]`` to values and columns ``[B, R, K]``.
 
+    Values are float32 or float64 as the scores are, columns int64.
+
     The K best columns lie in the K groups of largest maximum (ties to the lower group): each group ahead of a column's
     own holds something that goes before it.
     """
@@ -211,7 +213,7 @@ def top(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
 
 
 def exact_top(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """Select as `top`, looking at every column."""
+    """Select as `top` ``[B, R, W]`` to ``[B, R, K]``, looking at every column."""
     if scores.dtype == torch.float64:
         values, columns = scores.sort(dim=-1, descending=True, stable=True)
         return values[..., :top_k], columns[..., :top_k]

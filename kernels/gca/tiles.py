@@ -104,7 +104,19 @@ def _attend_backward(
 def forward(
     plan: Plan, q: Tensor, k: Tensor, v: Tensor, scale: float, *, softmax_off_by_one: bool
 ) -> tuple[Tensor, Tensor]:
-    """Compute the output and the base 2 log-sum-exp of every slot, ``[Hk, R, K, S G]``."""
+    """Compute the output and the base 2 log-sum-exp of every slot, ``[Hk, R, K, S G]``.
+
+    Args:
+        plan: what each slot reads, and the weights.
+        q: ``[B, N, S, H, D]``, any float type.
+        k: ``[B, E, C, Hk, D]`` in the dtype of ``q``.
+        v: ``[B, E, C, Hk, D]`` likewise.
+        scale: factor of the scores.
+        softmax_off_by_one: add 1 to each denominator.
+
+    Returns:
+        ``[B, N, S, H, D]`` in the dtype of ``q``; the log-sum-exps in the accumulation type.
+    """
     num_kv_heads, (num_rows, top_k) = k.shape[3], plan.slots.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     shape = (num_kv_heads, num_rows, top_k, q.shape[2] * q.shape[3] // num_kv_heads)
@@ -122,7 +134,20 @@ def forward(
 def backward(
     plan: Plan, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Compute the gradients of q, k, v and weights ``[R, K]``, recomputing the probabilities from the log-sum-exp."""
+    """Compute the gradients of q, k, v and weights, recomputing the probabilities from the log-sum-exp.
+
+    Args:
+        plan: as in `forward`.
+        grad_out: ``[B, N, S, H, D]`` in the dtype of ``q``.
+        q: ``[B, N, S, H, D]``, any float type.
+        k: ``[B, E, C, Hk, D]`` in the dtype of ``q``.
+        v: ``[B, E, C, Hk, D]`` likewise.
+        lse: ``[Hk, R, K, S G]`` of `forward`.
+        scale: factor of the scores.
+
+    Returns:
+        Gradients in the shapes and dtypes of q, k and v, and that of the weights ``[R, K]`` in the accumulation type.
+    """
     num_kv_heads = k.shape[3]
     grad_q = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     grad_k, grad_v = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))

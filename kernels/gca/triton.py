@@ -32,7 +32,7 @@ def interpreting() -> bool:
 
 
 def check_device(q: Tensor) -> None:
-    """Refuse what Triton cannot run here.
+    """Refuse queries ``[B, N, S, H, D]`` that Triton cannot run here.
 
     Raises:
         ValueError: on float64, CPU tensors without the interpreter, bfloat16 in the interpreter, or D > 256.

@@ -51,8 +51,8 @@ def landmark_attention(
     """Attend with `landmark_grouped_softmax` of ``scale q . k``; memory linear in the keys.
 
     Args:
-        q: ``[B, Tq, H, D]``.
-        k: ``[B, Tk, G, D]``, H a multiple of G.
+        q: ``[B, Tq, H, D]``, any float type; scores are float32 at least.
+        k: ``[B, Tk, G, D]`` in the dtype of ``q``, H a multiple of G.
         v: ``[B, Tk, G, D]``.
         block_size: C, landmark included.
         positions: key position of each query ``[B, Tq]`` int64; None: query i is key i.

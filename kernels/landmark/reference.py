@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def landmark_softmax_row(scores: Tensor, position: int, block_size: int) -> Tensor:
-    """Return the probabilities ``[Tk]`` of one query at ``position`` from its scores ``[Tk]``.
+    """Return the probabilities ``[Tk]`` of one query at ``position`` from its scores ``[Tk]``, in their float type.
 
     The visible tokens of the own block and the landmarks of earlier blocks share a softmax; the share of a landmark
     is spread over the tokens of its block by a softmax of their own.
@@ -29,18 +29,18 @@ def landmark_softmax_row(scores: Tensor, position: int, block_size: int) -> Tens
 def landmark_attention_reference(
     q: Tensor, k: Tensor, v: Tensor, block_size: int, *, positions: Tensor, scale: float
 ) -> Tensor:
-    """Attend row by row.
+    """Compute ``out_i = sum_j p_j v_j`` row by row, with ``p`` of `landmark_softmax_row` of ``scale q_i . k_j``.
 
     Args:
-        q: ``[B, Tq, H, D]``.
+        q: ``[B, Tq, H, D]``, a float type, as k and v.
         k: ``[B, Tk, G, D]``.
         v: ``[B, Tk, G, D]``.
         block_size: C.
-        positions: key position of each query ``[B, Tq]``.
+        positions: key position of each query ``[B, Tq]``, int64.
         scale: factor of the scores.
 
     Returns:
-        ``[B, Tq, H, D]``.
+        ``[B, Tq, H, D]`` in the dtype of ``q``.
     """
     share = q.shape[2] // k.shape[2]
     rows = []

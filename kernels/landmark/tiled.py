@@ -54,7 +54,7 @@ class TiledAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradients of q, k and v, tile by tile."""
+        """Return the gradients of q, k and v, in their shapes and dtypes, from ``grad_out`` ``[B, Tq, H, D]``."""
         q, k, v, places = ctx.saved_tensors
         exact = torch.promote_types(q.dtype, torch.float32)
         grad_q = torch.empty_like(q)

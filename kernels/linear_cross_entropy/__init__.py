@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kernels.linear_cross_entropy.chunked import IGNORED, Options
-from kernels.linear_cross_entropy.operator import TokenNLL, token_nll_operator
+from kernels.linear_cross_entropy.operator import chunked_nll
 from kernels.linear_cross_entropy.reference import token_nll_reference
 
 __all__ = ["token_nll"]
@@ -34,13 +34,11 @@ def token_nll(
     softcap: float | None = None,
     implementation: Implementation = "auto",
 ) -> Tensor:
-    """Compute the loss of every target, ``logsumexp(z) - z[target]``, without the ``[N, V]`` logits.
+    """Compute ``logsumexp(z) - z[target]`` of every target without the ``[N, V]`` logits.
 
-    ``z = hidden weight^T + bias``, then ``z = c tanh(z / c)`` with a softcap c. Logits are float32 for 16-bit inputs
-    too. The backward takes any gradient ``[N]`` and recomputes the logits; rows that are ignored, and in the backward
-    rows whose gradient is 0, are left out: they cost nothing, whatever they hold. Differentiable once.
-
-    Under autocast, hidden and weight are rounded to its dtype, as in a linear layer; their gradients are not.
+    ``z = hidden weight^T + bias``, then ``z = c tanh(z / c)`` with a softcap c; float32 for 16-bit inputs too. Ignored
+    rows, and in the backward rows whose gradient is 0, cost nothing, whatever they hold. Differentiable once. Under
+    autocast, hidden and weight are rounded to its dtype, as in a linear layer; their gradients are not.
 
     Args:
         hidden: ``[N, M]`` float32, bfloat16, float16 or float64.
@@ -48,12 +46,10 @@ def token_nll(
         targets: ``[N]`` int64 in ``[0, V)`` or `ignore_index`.
         bias: ``[V]``, added as it is, in any float dtype.
         ignore_index: target whose rows give exactly 0.
-        chunk_size: rows whose logits may be alive at once, at least 1; None = as many as fill 16 MiB on a CPU and 256
-            MiB on a GPU, a power of two and at least 16. Changes results only by rounding.
+        chunk_size: rows whose logits may be alive at once, of no influence beyond rounding; None: `default_chunk_size`.
         softcap: c > 0, or None.
-        implementation: "chunked" (plain PyTorch, any device), "triton" (the same with fused kernels; CUDA tensors, or
-            CPU tensors in Triton's interpreter), "reference" (dense logits, for tests) or "auto" (triton for CUDA
-            tensors, else chunked).
+        implementation: "chunked" (plain PyTorch, any device), "triton" (fused; CUDA tensors, or CPU tensors in Triton's
+            interpreter), "reference" (dense logits, for tests) or "auto" (triton for CUDA tensors, else chunked).
 
     Returns:
         ``[N]`` float32 (float64 for float64 inputs).
@@ -66,25 +62,17 @@ def token_nll(
         raise ValueError(f"unknown implementation {implementation!r}, use one of {', '.join(IMPLEMENTATIONS)}")
     _check(hidden, weight, targets, bias)
     _check_targets(targets, weight.shape[0], ignore_index)
-    if softcap is not None and not 0 < softcap < math.inf:
-        raise ValueError(f"softcap must be a positive number or None, got {softcap}")
-    if chunk_size is None:
-        chunk_size = default_chunk_size(weight.shape[0], hidden.device)
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+    _check_numbers(chunk_size, softcap)
     dtype = _product_dtype(hidden, weight)
     with torch.autocast(hidden.device.type, enabled=False):  # products must not be rounded to 16 bit
         if implementation == "reference":
             return token_nll_reference(
                 hidden.to(dtype), weight.to(dtype), targets, bias=bias, ignore_index=ignore_index, softcap=softcap
             )
+        rows = chunk_size or default_chunk_size(weight.shape[0], hidden.device)
         keep_rows, fused = _only_hidden(hidden, weight, bias), _use_triton(implementation, hidden, dtype)
         targets = torch.where(targets == ignore_index, IGNORED, targets)
-        if torch.compiler.is_compiling():
-            arguments = chunk_size, softcap, dtype, keep_rows, fused
-            return token_nll_operator(hidden, weight, bias, targets, *arguments)[0]
-        options = Options(chunk_size, softcap, dtype, keep_rows, fused)
-        return TokenNLL.apply(hidden, weight, bias, targets, options)
+        return chunked_nll((hidden, weight, bias), targets, Options(rows, softcap, dtype, keep_rows, fused))
 
 
 def _use_triton(implementation: str, hidden: Tensor, dtype: torch.dtype) -> bool:
@@ -108,7 +96,7 @@ def _only_hidden(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 
 def default_chunk_size(vocabulary: int, device: torch.device) -> int:
-    """Return the largest power of two of rows whose float32 logits fit the device's budget, at least 16."""
+    """Return the largest power of two of rows whose float32 logits fit 16 MiB (CPU) or 256 MiB (GPU), at least 16."""
     rows = CHUNK_BYTES.get(device.type, CHUNK_BYTES["cpu"]) // (4 * vocabulary)
     return max(16, 1 << max(rows, 1).bit_length() - 1)
 
@@ -139,6 +127,13 @@ def _check(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None)
         raise ValueError(f"hidden, weight and bias must be floats, got {', '.join(str(x.dtype) for x in floats)}")
     if len({x.device for x in (*floats, targets)}) > 1:
         raise ValueError("hidden, weight, targets and bias must be on one device")
+
+
+def _check_numbers(chunk_size: int | None, softcap: float | None) -> None:
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"softcap must be a positive number or None, got {softcap}")
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
 
 
 def _check_targets(targets: Tensor, vocabulary: int, ignore_index: int) -> None:

@@ -102,7 +102,10 @@ def _sweep(tensors: Tensors, targets: Tensor, active: Tensor, options: Options) 
 
 
 def forward(tensors: Tensors, targets: Tensor, options: Options) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute losses and log-sum-exps ``[N]``, 0 at ignored rows, and the rows kept ``[N, M]`` (else empty)."""
+    """Compute losses and log-sum-exps ``[N]``, 0 at ignored rows, and the rows kept ``[N, M]`` (else empty).
+
+    ``targets`` ``[N]`` int64 hold `IGNORED` where nothing is asked. Results are float32 (float64 for float64 inputs).
+    """
     make = {"dtype": options.acc, "device": targets.device}
     nll, lse = torch.zeros(targets.shape, **make), torch.zeros(targets.shape, **make)
     kept = torch.zeros(tensors[0].shape if options.keep_rows else (0,), **make)
@@ -141,7 +144,16 @@ def _kept_rows(sweep: _Sweep, rows: slice, total: Tensor, running: Running, nll:
 def backward(
     tensors: Tensors, targets: Tensor, lse: Tensor, grad_nll: Tensor, wanted: tuple[bool, ...], options: Options
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Compute the wanted gradients of hidden, weight and bias."""
+    """Compute the wanted gradients of hidden ``[N, M]``, weight ``[V, M]`` and bias ``[V]``, in their dtypes.
+
+    Args:
+        tensors: hidden, weight and bias.
+        targets: ``[N]`` int64, `IGNORED` where nothing was asked.
+        lse: ``[N]`` of `forward`.
+        grad_nll: ``[N]``, upstream gradients g of ``dz = (softmax - onehot) g``.
+        wanted: which of the three.
+        options: those of `forward`.
+    """
     active = ((targets != IGNORED) & (grad_nll != 0)).nonzero().squeeze(1)
     gradients = Gradients(tensors, wanted, active, options.dtype)
     if not len(active):

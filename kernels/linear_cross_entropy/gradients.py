@@ -47,7 +47,7 @@ class Gradients:
         self.unscale: Tensor | float = 1.0
 
     def scale(self, upstream: Tensor, operand: torch.dtype) -> Tensor:
-        """Bring the upstream gradients into the range of float16 operands, by a power of two."""
+        """Bring the upstream gradients ``[n]`` into the range of float16 operands, by a power of two."""
         if operand != torch.float16:
             return upstream
         factor = torch.exp2(14.0 - upstream.abs().amax().log2().ceil())
@@ -55,7 +55,7 @@ class Gradients:
         return upstream * factor
 
     def add(self, tile: Tile, rows: slice, dz: Tensor) -> None:
-        """Add the products of a tile's ``dz`` ``[U, S]``."""
+        """Add a tile's part, of its ``dz`` ``[U, S]``: ``dh = dz^T W``, ``dW = dz h``, ``db = sum dz``, in float32."""
         if self.fast_hidden or self.fast_weight:
             self._add_rounded(tile, rows, dz)
         operand = dz.to(tile.hidden.dtype)

@@ -7,13 +7,28 @@ Legend: N targets, M model width, V vocabulary.
 """
 
 from collections.abc import Sequence
+from dataclasses import astuple
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.linear_cross_entropy.chunked import IGNORED, Options, backward, forward
+from kernels.linear_cross_entropy.chunked import IGNORED, Options, Tensors, backward, forward
+
+
+def chunked_nll(tensors: Tensors, targets: Tensor, options: Options) -> Tensor:
+    """Compute the losses ``[N]``, float32 at least.
+
+    Args:
+        tensors: hidden ``[N, M]``, weight ``[V, M]`` and bias ``[V]`` or None, float types.
+        targets: ``[N]`` int64, `IGNORED` where nothing is asked.
+        options: how to compute.
+    """
+    if torch.compiler.is_compiling():
+        return token_nll_operator(*tensors, targets, *astuple(options))[0]
+    nll: Tensor = TokenNLL.apply(*tensors, targets, options)
+    return nll
 
 
 class TokenNLL(torch.autograd.Function):
@@ -23,7 +38,7 @@ class TokenNLL(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: Options
     ) -> Tensor:
-        """Return ``[N]``."""
+        """Return the losses ``[N]``, float32 at least, of ``hidden`` ``[N, M]`` and ``weight`` ``[V, M]``."""
         nll, lse, kept = forward((hidden, weight, bias), targets, options)
         if options.keep_rows:
             ctx.save_for_backward(kept, targets)
@@ -35,7 +50,7 @@ class TokenNLL(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_nll: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradients of hidden, weight and bias."""
+        """Return the gradients of hidden, weight and bias, in their dtypes, from ``grad_nll`` ``[N]``."""
         if ctx.options.keep_rows:
             kept, targets = ctx.saved_tensors
             return _scale_rows(kept, targets, grad_nll).to(ctx.dtype), None, None, None, None
@@ -63,7 +78,10 @@ def token_nll_operator(
     keep_rows: bool,
     fused: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return losses and log-sum-exps ``[N]`` and the rows kept; the arguments are those of `Options`."""
+    """Return losses and log-sum-exps ``[N]`` and the rows kept (float32 at least): `forward` for a compiler.
+
+    The tensors are those of `chunked_nll`, the rest the fields of `Options`.
+    """
     return forward((hidden, weight, bias), targets, Options(chunk_size, softcap, dtype, keep_rows, fused))
 
 
@@ -94,7 +112,10 @@ def token_nll_backward_operator(
     dtype: torch.dtype,
     fused: bool,
 ) -> list[Tensor]:
-    """Return the wanted gradients; `tensors` are hidden, weight, bias, targets and log-sum-exps."""
+    """Return the wanted gradients, in the dtypes of their tensors, from ``grad_nll`` ``[N]``.
+
+    `tensors` are hidden ``[N, M]``, weight ``[V, M]``, bias ``[V]`` or None, targets and log-sum-exps ``[N]``.
+    """
     hidden, weight, bias, targets, lse = tensors
     assert hidden is not None and weight is not None and targets is not None and lse is not None
     options = Options(chunk_size, softcap, dtype, keep_rows=False, fused=fused)

@@ -41,7 +41,7 @@ def product(a: Tensor, b: Tensor, shift: Tensor | None = None) -> Tensor:
 
 
 def add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
-    """Add ``a b^T`` to a float32 sum (in place), or begin one."""
+    """Add ``a b^T``, ``[I, K]`` times ``[J, K]``, to a float32 sum ``[I, J]`` (in place), or begin one."""
     if total is None:
         return product(a, b)
     if a.dtype in HALVES:
@@ -50,12 +50,12 @@ def add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
 
 
 def rounded_product(a: Tensor, b: Tensor) -> Tensor:
-    """Compute ``a b^T`` of bfloat16 factors on a CPU: summed in float32, rounded to bfloat16."""
+    """Compute ``a b^T`` ``[I, J]`` of bfloat16 factors on a CPU: summed in float32, rounded to bfloat16."""
     return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
 
 
 def transposed(x: Tensor) -> Tensor:
-    """Return ``x^T``; a copy on a CPU, where products read it faster."""
+    """Return ``x^T``, ``[I, J]`` to ``[J, I]`` of any dtype; a copy on a CPU, where products read it faster."""
     return x.t().contiguous() if x.device.type == "cpu" else x.t()
 
 

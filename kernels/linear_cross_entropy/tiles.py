@@ -33,11 +33,11 @@ class Tile:
         return (self.targets >= 0) & (self.targets < len(self.entries))
 
     def read(self, z: Tensor) -> Tensor:
-        """Read ``z`` ``[U, S]`` at the targets, ``[S]``; means nothing where the target is elsewhere."""
+        """Read ``z`` ``[U, S]`` (any dtype) at the targets, ``[S]``; means nothing where the target is elsewhere."""
         return z.gather(0, self.targets.clamp(0, len(self.entries) - 1)[None])[0]
 
     def write(self, z: Tensor, values: Tensor | float) -> None:
-        """Write values into ``z`` at the targets that lie in this tile; the device is not waited for."""
+        """Write values ``[S]`` into ``z`` ``[U, S]`` at the targets in this tile; the device is not waited for."""
         values = torch.where(self.inside(), values, self.read(z))
         z.scatter_(0, self.targets.clamp(0, len(self.entries) - 1)[None], values[None])
 
@@ -90,7 +90,10 @@ def accumulate(tile: Tile, running: Running, keep: bool) -> Tensor | None:
 
 
 def differentiate(tile: Tile, lse: Tensor, upstream: Tensor) -> Tensor:
-    """Compute ``dz = (softmax - onehot) g``, times the slope of the softcap, ``[U, S]``."""
+    """Compute ``dz = (softmax - onehot) g``, times the slope of the softcap, ``[U, S]`` in the dtype of the logits.
+
+    ``lse`` and ``upstream`` (g) are ``[S]`` in that dtype, float32 or float64.
+    """
     z = _logits(tile, -lse)
     slope = None if tile.softcap is None else _slope(z + lse, tile.softcap)
     z.mul_(LOG2E).exp2_()

@@ -100,7 +100,7 @@ def interpreting() -> bool:
 
 
 def problem(hidden: Tensor, dtype: torch.dtype) -> str | None:
-    """Say why Triton cannot serve these tensors; None if it can."""
+    """Say why Triton cannot serve ``hidden`` ``[N, M]`` multiplied in a dtype; None if it can."""
     if dtype == torch.float64:
         return "serves 16 and 32 bit floats, got float64"
     if not hidden.is_cuda and not interpreting():

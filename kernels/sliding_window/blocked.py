@@ -191,6 +191,6 @@ class BlockedAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradients of q, k and v."""
+        """Return the gradients of q, k and v, in their shapes and dtypes, from ``grad_out`` ``[B, Tq, H, D]``."""
         with torch.autocast(grad_out.device.type, enabled=False):
             return (*_backward(grad_out, ctx.plan, ctx.scale, *ctx.saved_tensors), None, None, None, None)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def flash_problem(q: Tensor, document_ids: Tensor | None) -> str | None:
-    """Say why `flash-attn` cannot serve these arguments; None if it can."""
+    """Say why `flash-attn` cannot serve ``q`` ``[B, Tq, H, D]`` and ``document_ids`` ``[B, Tk]``; None if it can."""
     if find_spec("flash_attn") is None:
         return "flash-attn is not installed (pip install flash-attn --no-build-isolation)"
     if q.device.type != "cuda" or q.dtype not in (torch.float16, torch.bfloat16):
@@ -23,7 +23,7 @@ def sliding_window_attention_flash(
     """Call ``flash_attn_func``, whose window ``(w, 0)`` sees ``w + 1`` keys and is aligned bottom right.
 
     Args:
-        q: ``[B, Tq, H, D]``.
+        q: ``[B, Tq, H, D]``, float16 or bfloat16, as k and v.
         k: ``[B, Tk, Hk, D]``.
         v: ``[B, Tk, Hk, D]``.
         window_size: keys a query sees, itself included; None = all earlier ones.
@@ -31,7 +31,7 @@ def sliding_window_attention_flash(
         scale: factor of the scores.
 
     Returns:
-        ``[B, Tq, H, D]``.
+        ``[B, Tq, H, D]`` in the dtype of ``q``.
     """
     from flash_attn import flash_attn_func
 

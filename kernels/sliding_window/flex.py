@@ -19,7 +19,7 @@ BLOCK = 128
 
 
 def flex_problem(q: Tensor) -> str | None:
-    """Say why `flex_attention` cannot serve these queries; None if it can."""
+    """Say why `flex_attention` cannot serve queries ``[B, Tq, H, D]``; None if it can."""
     if q.device.type != "cuda" or q.dtype not in (torch.float16, torch.bfloat16):
         return f"flex attention needs float16 or bfloat16 CUDA tensors, got {q.dtype} on {q.device.type}"
     if q.shape[-1] < 16:
@@ -43,7 +43,7 @@ def sliding_window_attention_flex(
     """Attend through `flex_attention`; a row that sees nothing is 0.
 
     Args:
-        q: ``[B, Tq, H, D]``; query i is key position ``i + Tk - Tq``.
+        q: ``[B, Tq, H, D]``, float16 or bfloat16 if compiled, as k and v; query i is key position ``i + Tk - Tq``.
         k: ``[B, Tk, Hk, D]``.
         v: ``[B, Tk, Hk, D]``.
         window_size: keys a query sees, itself included; None = all earlier ones.
@@ -53,7 +53,7 @@ def sliding_window_attention_flex(
         compiled: fuse; without, the same functions run on dense scores (any device, forward only).
 
     Returns:
-        ``[B, Tq, H, D]``.
+        ``[B, Tq, H, D]`` in the dtype of ``q``.
     """
     num_queries, num_keys = q.shape[1], k.shape[1]
     offset, window = num_keys - num_queries, window_size or num_keys
@@ -94,7 +94,7 @@ def visible_blocks(num_queries: int, num_keys: int, window: int, device: torch.d
 
 
 def window_mask(offset: int, window: int, document_ids: Tensor | None) -> Callable[..., Tensor]:
-    """Return the `mask_mod`: the last ``window`` keys, of the same document."""
+    """Return the `mask_mod`: the last ``window`` keys, of the same document (int ``[B, Tk]``, -1 = padding)."""
 
     def seen(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         distance = query + offset - key
@@ -109,7 +109,7 @@ def window_mask(offset: int, window: int, document_ids: Tensor | None) -> Callab
 
 
 def alibi_bias(offset: int, slopes: Tensor) -> Callable[..., Tensor]:
-    """Return the `score_mod`: minus slope ``[B, H]`` times distance."""
+    """Return the `score_mod`: minus slope ``[B, H]`` (float32) times distance."""
 
     def biased(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return score - slopes[batch, head] * (query + offset - key)
