@@ -62,6 +62,64 @@ class Rows:
         return plain_rows(ids), None
 
 
+@dataclass(frozen=True)
+class Scoring:
+    """What is asked of rows, and how it is summed up.
+
+    Attributes:
+        batch_size: blocks of a forward.
+        weighting: of the mean, ``token`` or ``batch``.
+        exclude: sentinels that are taken out of every predicted distribution.
+        published_labels: targets as published, see `SpanLayout.published_labels`.
+
+    Raises:
+        ValueError: options out of range, or that contradict each other.
+    """
+
+    batch_size: int
+    weighting: Literal["token", "batch"]
+    exclude: Sentinels | None
+    published_labels: bool
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or self.weighting not in ("token", "batch"):
+            raise ValueError(
+                f"perplexity needs batch_size >= 1 and weighting token or batch, got {self.batch_size} and "
+                f"{self.weighting!r}"
+            )
+
+    @torch.no_grad()
+    def batches(self, model: nn.Module, blocks: Tensor | Sequence[Tensor], rows: Rows) -> Iterator[dict[str, Any]]:
+        """Yield the sums of each batch."""
+        device = next(model.parameters()).device
+        for first in range(0, len(blocks), self.batch_size):
+            stop = min(first + self.batch_size, len(blocks))
+            ids = torch.stack([torch.as_tensor(blocks[index]) for index in range(first, stop)])
+            layout, keep = rows.batch(ids, first)
+            layout, keep = layout.to(device), None if keep is None else keep.to(device)
+            rule = rows.compression.rule(layout, keep=keep)
+            with evaluation_mode(model):
+                logits = forward_under(model, layout, rule)
+            labels = layout.published_labels if self.published_labels else layout.labels
+            nll = label_nll(logits, labels, exclude=self.exclude)
+            yield _sums(nll, labels, layout) | {
+                "achieved": float(_achieved(rows.compression, layout, keep).sum()),
+                "visible": float(_visible(rule, layout).sum()),
+            }
+
+    def report(self, parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Return sums and perplexities of all batches, and of the groups of targets."""
+        found: dict[str, Any] = {}
+        for name in GROUPS:
+            nll_sum, count = math.fsum(part[name][0] for part in parts), sum(part[name][1] for part in parts)
+            found |= {f"nll_sum{name}": nll_sum, f"num_targets{name}": count}
+            found[f"perplexity{name}"] = perplexity_of(nll_sum / count) if count else None
+        if self.weighting == "batch":
+            means = [part[""][0] / part[""][1] for part in parts]
+            found["perplexity"] = perplexity_of(math.fsum(means) / len(means))
+        return found
+
+
 def perplexity(
     model: nn.Module,
     blocks: Tensor | Sequence[Tensor],
@@ -108,26 +166,17 @@ def perplexity(
         raise ValueError("method='sentinel' needs sentinels: pass what add_sentinels returned")
     if published_labels and exclude_sentinel_logits:
         raise ValueError("published_labels may ask for a sentinel: pass exclude_sentinel_logits=False")
-    if batch_size < 1 or weighting not in ("token", "batch") or not len(blocks):
-        raise ValueError(
-            f"perplexity needs blocks, batch_size >= 1 and weighting token or batch, got {len(blocks)} blocks, "
-            f"{batch_size} and {weighting!r}"
-        )
+    if not len(blocks):
+        raise ValueError("perplexity needs at least one block, got none")
+    scoring = Scoring(batch_size, weighting, sentinels if exclude_sentinel_logits else None, published_labels)
     compression = compression_of(method, compression_ratio, len(blocks[0]), num_sinks=num_sinks)
     rows = Rows(compression, sentinels, sampler or SpanSampler(compression_ratio), spans, seed)
-    exclude = sentinels if exclude_sentinel_logits else None
-    parts = list(_batches(model, blocks, rows, batch_size=batch_size, exclude=exclude, published=published_labels))
+    parts = list(scoring.batches(model, blocks, rows))
     achieved, visible = (sum(part[name] for part in parts) / len(blocks) for name in ("achieved", "visible"))
-    report = _report(parts, weighting)
-    return (
-        {"method": method, "compression_ratio": compression_ratio}
-        | report
-        | {
-            "achieved_ratio": achieved,
-            "visible_fraction": visible,
-            "cache_bytes_per_token": (1 - achieved) * entry_bytes(model),
-        }
-    )
+    asked = {"method": method, "compression_ratio": compression_ratio}
+    budget = {"achieved_ratio": achieved, "visible_fraction": visible}
+    budget["cache_bytes_per_token"] = (1 - achieved) * entry_bytes(model)
+    return asked | scoring.report(parts) | budget
 
 
 def compression_of(method: Method, compression_ratio: float, num_tokens: int, *, num_sinks: int = 4) -> Compression:
@@ -156,33 +205,6 @@ def entry_bytes(model: nn.Module) -> int:
     return int(2 * config.num_hidden_layers * num_kv_heads * head_dim * unwrapped(model).dtype.itemsize)
 
 
-@torch.no_grad()
-def _batches(
-    model: nn.Module,
-    blocks: Tensor | Sequence[Tensor],
-    rows: Rows,
-    *,
-    batch_size: int,
-    exclude: Sentinels | None,
-    published: bool,
-) -> Iterator[dict[str, Any]]:
-    """Yield the sums of each batch."""
-    device = next(model.parameters()).device
-    for first in range(0, len(blocks), batch_size):
-        ids = torch.stack([torch.as_tensor(blocks[i]) for i in range(first, min(first + batch_size, len(blocks)))])
-        layout, keep = rows.batch(ids, first)
-        layout, keep = layout.to(device), None if keep is None else keep.to(device)
-        rule = rows.compression.rule(layout, keep=keep)
-        with evaluation_mode(model):
-            logits = forward_under(model, layout, rule)
-        labels = layout.published_labels if published else layout.labels
-        nll = label_nll(logits, labels, exclude=exclude)
-        yield _sums(nll, labels, layout) | {
-            "achieved": float(_achieved(rows.compression, layout, keep).sum()),
-            "visible": float(_visible(rule, layout).sum()),
-        }
-
-
 def _sums(nll: Tensor, labels: Tensor, layout: SpanLayout) -> dict[str, Any]:
     """Sum in float64 over all targets, those predicted inside spans, and those predicted from a view of slots."""
     counted = torch.nn.functional.pad(labels[:, 1:] != IGNORED, (0, 1))
@@ -209,15 +231,3 @@ def _visible(rule: Rule, layout: SpanLayout) -> Tensor:
     seen = dense_mask(rule, batch_size, size, layout.kind.device)[:, 0].sum(2)
     num_tokens = layout.num_tokens.double()
     return (seen * (layout.kind == PLAIN)).sum(1) / (num_tokens * (num_tokens + 1) / 2)
-
-
-def _report(parts: Sequence[Mapping[str, Any]], weighting: str) -> dict[str, Any]:
-    report: dict[str, Any] = {}
-    for name in GROUPS:
-        nll_sum, count = math.fsum(part[name][0] for part in parts), sum(part[name][1] for part in parts)
-        report |= {f"nll_sum{name}": nll_sum, f"num_targets{name}": count}
-        report[f"perplexity{name}"] = perplexity_of(nll_sum / count) if count else None
-    if weighting == "batch":
-        means = [part[""][0] / part[""][1] for part in parts]
-        report["perplexity"] = perplexity_of(math.fsum(means) / len(means))
-    return report

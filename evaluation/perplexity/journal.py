@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from evaluation.perplexity.windows import Window
+from evaluation.perplexity.reading import Window
 from evaluation.positions import bucket_sums, position_edges
 from evaluation.rank_journal import RankJournal
 from evaluation.scoring import mean_report

@@ -26,7 +26,8 @@ from evaluation.loading import load_model
 from evaluation.model_paths import HUB, identity_of, named_models
 from evaluation.peak_memory import PeakMemory
 from evaluation.perplexity.journal import Journal
-from evaluation.perplexity.stream import evaluate_perplexity
+from evaluation.perplexity.reading import Reading
+from evaluation.perplexity.stream import score_stream
 from evaluation.processes import Process
 from evaluation.results import (
     csv_text,
@@ -149,18 +150,21 @@ class PerplexityTask:
             return result | {"peak_memory_bytes": memory.bytes()}
 
     def _score(self, model: Any, length: int, journal: Journal) -> dict[str, Any]:
-        return evaluate_perplexity(
-            model,
-            self.corpus,
+        reading = Reading(
             window=length,
             stride=self.stride,
             bos_token_id=self.bos_token_id,
             batch_size=max(1, self.batch_tokens // length),
-            parity=self.parity,
             max_tokens=self.max_tokens,
+            segment_length=self.segment_length,
+            parity=self.parity,
+        )
+        return score_stream(
+            model,
+            self.corpus,
+            reading,
             dtype=torch.bfloat16 if self.dtype == "bfloat16-mixed" else None,
             progress=self.progress,
-            segment_length=self.segment_length,
             journal=journal,
             process=self.process,
         )

@@ -7,37 +7,19 @@ B batch, T tokens of a window (the BOS included), V vocabulary, R scored positio
 """
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from evaluation.perplexity.reading import Window, shape_of
 from evaluation.scoring import TokenStream
 from losses.cross_entropy import IGNORE_INDEX, next_token_nll
 
-Window = tuple[int, int, int]
 Report = Callable[[int], None]
 """Called with the number of input tokens just read."""
-
-
-def window_batches(windows: list[Window], batch_size: int) -> Iterator[list[Window]]:
-    """Group neighbouring windows of one shape (inputs and scored targets) into batches."""
-    batch: list[Window] = []
-    for window in windows:
-        if batch and (len(batch) == batch_size or shape_of(window) != shape_of(batch[0])):
-            yield batch
-            batch = []
-        batch.append(window)
-    if batch:
-        yield batch
-
-
-def shape_of(window: Window) -> tuple[int, int]:
-    """Return how many tokens of the stream a window reads, and how many targets it scores."""
-    start, stop, first_target = window
-    return stop - start, stop - first_target + 1
 
 
 def score_windows(

@@ -48,7 +48,7 @@ def tell(name: str, model: Any, patch: ParallelContext | None, shapes: Sequence[
     if patch is not None:
         sentences += _idle(patch, shapes)
     for sentence in sentences:
-        warnings.warn(f"{name}: {sentence}", stacklevel=4)
+        warnings.warn(f"{name}: {sentence}", stacklevel=5)
 
 
 def _idle(patch: ParallelContext, shapes: Sequence[Shape]) -> list[str]:

@@ -1,49 +1,54 @@
-"""What the answers to a task depend on."""
+"""What the answers to a task depend on: runs that agree in all of it may share a folder."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import importlib.metadata
+import json
 from dataclasses import asdict
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from evaluation.arithmetic import arithmetic
 from evaluation.results import digest
-from evaluation.runner.prompts import PromptOptions
-from evaluation.tasks.base import Example, Task
 from patches.parallel_context import ParallelContext
 
 SAMPLES = 16
 # These change the cost of an answer, not the answer.
 _COST_ONLY = ("workspace_mb", "micro_batch_tokens", "implementation")
+# What a configuration says of its own origin; dtype and versions have entries of their own.
+_ORIGIN = ("_name_or_path", "_commit_hash", "transformers_version", "architectures", "dtype")
+_WHOLE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def run_identity(
-    task: Task,
-    patch: ParallelContext | None,
-    model: Any,
-    tokenizer: Any,
-    examples: Sequence[Example],
-    *,
-    options: PromptOptions,
-    scoring: str,
-    max_new_tokens: int | None,
-) -> dict[str, Any]:
-    """Return the protocol as plain values; runs that share it may share a folder."""
-    prompts = [[task.prompt(example), [str(answer) for answer in example.answers]] for example in examples]
-    return {
-        "task": task.name,
-        "patch": None if patch is None else describe_patch(patch),
+def model_entries(model: Any) -> dict[str, Any]:
+    """Return what tells a model apart: weights, configuration, defaults of generation, arithmetic."""
+    weight = next(model.parameters())
+    found = {
         "model": model_fingerprint(model),
-        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
-        "tokenizer": digest(sorted(tokenizer.get_vocab().items())),
-        "examples": digest(prompts),
-        "num_examples": len(examples),
-        "max_new_tokens": max_new_tokens or task.max_new_tokens,
-        "scoring": scoring,
-        **asdict(options),
+        "model_config": _described(getattr(model, "config", None)),
+        "generation_config": _described(getattr(model, "generation_config", None)),
+        "attention": getattr(getattr(model, "config", None), "_attn_implementation", None),
+        **arithmetic(weight.device, str(weight.dtype).removeprefix("torch.")),
     }
+    package = _quantization_package(model)
+    if package is not None:
+        found["versions"] |= {package: importlib.metadata.version(package)}
+    return found
+
+
+def tokenizer_entries(tokenizer: Any, *, chat: bool) -> dict[str, Any]:
+    """Return what tells a tokenizer apart, and the chat template where prompts are put into it."""
+    whole = getattr(tokenizer, "backend_tokenizer", None)
+    if whole is None:
+        described = digest(sorted(tokenizer.get_vocab().items()))
+    else:
+        # A call that pads or truncates leaves these two behind.
+        parts = json.loads(whole.to_str()) | {"padding": None, "truncation": None}
+        described = digest(parts)
+    return {"tokenizer": described, "chat_template": digest(tokenizer.chat_template) if chat else None}
 
 
 def describe_patch(patch: ParallelContext) -> dict[str, Any]:
@@ -58,13 +63,42 @@ def _listed(value: Any) -> Any:
     return [_listed(item) for item in value] if isinstance(value, tuple | list) else value
 
 
+def _described(config: Any) -> str | None:
+    """Return the digest of a configuration of transformers."""
+    if config is None:
+        return None
+    values = json.loads(config.to_json_string(use_diff=False))
+    return digest(_without_origin(values))
+
+
+def _without_origin(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_origin(item) for key, item in value.items() if key not in _ORIGIN}
+    return [_without_origin(item) for item in value] if isinstance(value, list) else value
+
+
+def _quantization_package(model: Any) -> str | None:
+    """Return the package that computes with quantised weights, None where they are not."""
+    config = getattr(getattr(model, "config", None), "quantization_config", None)
+    method = config.get("quant_method") if isinstance(config, dict) else getattr(config, "quant_method", None)
+    name = str(getattr(method, "value", method))
+    return name if name in ("bitsandbytes", "torchao") else None
+
+
 def model_fingerprint(model: Any) -> str:
-    """Return ``sha256:`` over names, shapes and a few values of every weight."""
+    """Return ``sha256:`` over names, shapes, sums of the bits and a few values of every weight."""
     hasher = hashlib.sha256(type(model).__name__.encode())
     for name, weight in model.named_parameters():
         flat = weight.detach().reshape(-1)
         count = min(SAMPLES, len(flat))
         # In whole numbers: float32 rounds the last place of a large weight to one behind its end.
         picked = flat[torch.arange(count, device=flat.device) * (len(flat) - 1) // max(1, count - 1)]
-        hasher.update(f"{name}{tuple(weight.shape)}{picked.float().cpu().tolist()}".encode())
+        hasher.update(f"{name}{tuple(weight.shape)}{_sum_of_bits(flat)}{picked.float().cpu().tolist()}".encode())
     return "sha256:" + hasher.hexdigest()
+
+
+def _sum_of_bits(flat: Tensor) -> int | None:
+    """Add up the bits of values as whole numbers, exactly; None for tensors of a package's own kind."""
+    if type(flat) not in (Tensor, torch.nn.Parameter):
+        return None
+    return int(flat.contiguous().view(_WHOLE[flat.element_size()]).sum(dtype=torch.int64))

@@ -26,6 +26,8 @@ COLUMNS = (
     "peak_bytes",
 )
 DEPTH_BINS = 10
+# Folders of a set with ParallelComp's prompts, and what they would be without.
+_PROMPTS_OF = ("_parallelcomp_", "_")
 
 
 def write_report(output: Path) -> dict[str, Any]:
@@ -33,6 +35,8 @@ def write_report(output: Path) -> dict[str, Any]:
 
     Files: ``metrics.json``, ``rows.csv``, ``table.md``, ``score_by_length.png``, ``needle_<label>.png``.
     """
+    for folder in sorted({file.parent.parent for file in output.glob("*/*/metrics.json")}):
+        check_sets(folder)
     rows, answers = [], {}
     for file in sorted(output.glob("*/*/metrics.json")):
         metrics, label = read_json(file), file.parent.parent.name
@@ -47,6 +51,24 @@ def write_report(output: Path) -> dict[str, Any]:
     _draw(answers, output)
     text = text_table(table, columns) + "\n\n" + text_table(cost_table(rows), COST_COLUMNS)
     return report | {"table": text}
+
+
+def check_sets(folder: Path, planned: Sequence[str] = ()) -> None:
+    """Refuse a set with two kinds of prompts in one column, where one would stand for both.
+
+    Args:
+        folder: of the column.
+        planned: folders of cells in it, besides those that are there.
+
+    Raises:
+        ValueError: naming both.
+    """
+    there = [file.parent.name for file in folder.glob("*/settings.json")]
+    first: dict[str, str] = {}
+    for name in sorted({*there, *planned}):
+        other = first.setdefault(name.replace(*_PROMPTS_OF), name)
+        if other != name:
+            raise ValueError(f"{folder} would hold {other} and {name}, one set with two prompts: pass another label")
 
 
 def _row(label: str, length: int | None, metrics: Mapping[str, Any]) -> dict[str, Any]:
@@ -93,27 +115,36 @@ COST_COLUMNS = ("method", "length", "score", "answer_nll", "prefill_seconds", "s
 
 
 def cost_table(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return by method and length the mean score, seconds per example and the peak memory."""
+    """Return what examples cost by method and length, and the score beside it.
+
+    Seconds and NLL are means over examples, whatever set they belong to; the score is the mean over sets, as in
+    `score_table`.
+    """
     groups: dict[tuple[str, int], list[Mapping[str, Any]]] = defaultdict(list)
     for row in rows:
         groups[row["method"], row["length"] or 0].append(row)
     table = []
     for (label, length), members in sorted(groups.items()):
-        prefill = [row["prefill_seconds_per_example"] for row in members]
-        forced = [row["answer_nll"] for row in members]
         peaks = [row["peak_bytes"] for row in members if row["peak_bytes"] is not None]
         table.append(
             {
                 "method": label,
                 "length": length or None,
-                "score": sum(row["score"] for row in members) / len(members),
-                "answer_nll": None if None in forced else sum(forced) / len(members),
-                "prefill_seconds": None if None in prefill else sum(prefill) / len(members),
-                "seconds": sum(row["seconds_per_example"] for row in members) / len(members),
+                "score": math.fsum(row["score"] for row in members) / len(members),
+                "answer_nll": _mean_over_examples(members, "answer_nll"),
+                "prefill_seconds": _mean_over_examples(members, "prefill_seconds_per_example"),
+                "seconds": _mean_over_examples(members, "seconds_per_example"),
                 "peak_mib": max(peaks) // 2**20 if peaks else None,
             }
         )
     return table
+
+
+def _mean_over_examples(rows: Sequence[Mapping[str, Any]], name: str) -> float | None:
+    """Return the mean of a column of means, each with the weight of its examples; None where one is missing."""
+    if any(row[name] is None for row in rows):
+        return None
+    return math.fsum(row[name] * row["num_examples"] for row in rows) / sum(row["num_examples"] for row in rows)
 
 
 def _markdown(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:

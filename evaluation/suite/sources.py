@@ -59,12 +59,12 @@ class TaskFiles:
         family: ``longbench``, ``infinitebench``, ``helmet`` or ``ruler``.
         path: a folder with the family's files, one file for a single task, or ``hub:OWNER/NAME``.
         tasks: set names; empty: all of the family.
-        lengths: of families that have files for several lengths.
+        lengths: of families that have files for several lengths (``helmet``); empty: the task's own.
         limit: examples of a set at most.
         seed: of the choice, where the protocol draws one.
 
     Raises:
-        ValueError: an unknown task, no path, or a limit below 1.
+        ValueError: an unknown task, no path, lengths of tasks that have none, or a limit below 1.
     """
 
     def __init__(
@@ -83,6 +83,13 @@ class TaskFiles:
             raise ValueError(f"limit must be at least 1, got {limit}")
         self.path, self.limit, self.seed, self.lengths = path, limit, seed, list(lengths)
         self.tasks = named_tasks(family, tasks)
+        single = [task.name for task in self.tasks if not task.has_lengths]
+        if self.lengths and single:
+            raise ValueError(f"{', '.join(single)} come in one file, not in one for each length: leave lengths out")
+        if len(set(self.lengths)) < len(self.lengths):
+            raise ValueError(f"lengths must be different, got {self.lengths}")
+        if len(self.lengths) > 1 and Path(path).is_file():
+            raise ValueError(f"{path} is one file, but there are {len(self.lengths)} lengths: name the folder of all")
 
     def cells(self) -> list[Cell]:
         """Return what there is to evaluate."""

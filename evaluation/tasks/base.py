@@ -32,9 +32,11 @@ class Task(ABC):
         stop: text at which a prediction is cut; None: nothing.
         chat_template: whether instruct models get the prompt in their chat template.
         columns: what every record must hold.
+        has_lengths: whether `read` takes a ``length``, for sets with a file for each of several.
     """
 
     columns: tuple[str, ...] = ()
+    has_lengths = False
 
     def __init__(self, name: str, *, max_new_tokens: int, stop: str | None = None, chat_template: bool = False) -> None:
         self.name, self.max_new_tokens = name, max_new_tokens

@@ -22,6 +22,7 @@ class DemonstrationTask(HelmetTask):
 
     columns = ("text", "label")
     texts = load_templates("helmet")["icl"]
+    has_lengths = True
 
     def __init__(self, name: str) -> None:
         super().__init__(name, max_new_tokens=self.texts["max_new_tokens"])

@@ -63,6 +63,8 @@ class HelmetTask(Task):
 class FileTask(HelmetTask):
     """A set with one file of JSON lines for each length."""
 
+    has_lengths = True
+
     def read(self, path: str, *, limit: int | None = None, seed: int = 42, length: int = 8192) -> list[Example]:
         """Return the examples at a length: shuffled with the seed, then the first ones.
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from evaluation.perplexity import evaluate_perplexity, evaluation_windows
+from evaluation.perplexity import Reading, evaluate_perplexity, evaluation_windows
 from evaluation.perplexity import journal as perplexity_journal
 from evaluation.perplexity import stream as perplexity
 from evaluation.perplexity.journal import Journal
@@ -127,11 +127,11 @@ def test_a_journal_is_gone_on_from_and_changes_no_bit(llama, stream, tmp_path, m
 
     monkeypatch.setattr(perplexity, "score_windows", failing)
     with pytest.raises(KeyboardInterrupt):
-        evaluate_perplexity(llama, stream, journal=Journal(tmp_path), **options)
+        perplexity.score_stream(llama, stream, Reading(**options), journal=Journal(tmp_path))
     file = tmp_path / "rank0.jsonl"
     assert len(Journal(tmp_path).scores()) == 3
     file.write_bytes(file.read_bytes()[:-9])  # as a kill would cut it
-    again = evaluate_perplexity(llama, stream, journal=Journal(tmp_path), **options)
+    again = perplexity.score_stream(llama, stream, Reading(**options), journal=Journal(tmp_path))
     assert len(calls) == 4 + len(Journal(tmp_path).scores()) - 2
     assert again | {"seconds": 0} == whole | {"seconds": 0}
 
@@ -142,7 +142,7 @@ def test_shares_of_processes_add_up_to_the_same_bits(llama, stream, monkeypatch)
     shares = []
     for rank in (2, 1, 0):
         monkeypatch.setattr(perplexity, "gather", lambda value, _: shares.append(value) or list(reversed(shares)))
-        together = evaluate_perplexity(llama, stream, process=Process(rank, 3, rank), **options)
+        together = perplexity.score_stream(llama, stream, Reading(**options), process=Process(rank, 3, rank))
     assert sorted(len(share) for share in shares) == [3, 4, 4]
     assert together | {"seconds": 0} == alone | {"seconds": 0}
 

@@ -82,15 +82,15 @@ def test_results_equal_single_evaluations(folders, llama, stream, tmp_path):
 
 @pytest.mark.usefixtures("without_figures")
 def test_finished_lengths_are_not_repeated(folders, tmp_path, monkeypatch):
-    out, real, calls = tmp_path / "out", evaluate_perplexity, []
+    out, real, calls = tmp_path / "out", perplexity.score_stream, []
 
-    def counting(model, corpus, *, window, **options):
+    def counting(model, corpus, reading, **options):
         if len(calls) == 3:
             raise KeyboardInterrupt
-        calls.append(window)
-        return real(model, corpus, window=window, **options)
+        calls.append(reading.window)
+        return real(model, corpus, reading, **options)
 
-    monkeypatch.setattr(perplexity_task, "evaluate_perplexity", counting)
+    monkeypatch.setattr(perplexity_task, "score_stream", counting)
     with pytest.raises(KeyboardInterrupt):
         task(folders).run(out)
     assert calls == [8, 32, 8]

@@ -7,7 +7,7 @@ import torch
 from byte_llama import tiny_llama
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from evaluation.runner import evaluate_task, truncate
+from evaluation.runner import TaskRun, evaluate_task, truncate
 from evaluation.tasks import get_task
 from evaluation.tasks.base import Example
 from patches.parallel_context import Calibration, KeepPieces, ParallelContext, TokenEviction, baseline, split_context
@@ -105,25 +105,23 @@ def test_batches_equal_single_examples_under_policies(run, patch, place):
 
 
 def test_a_killed_run_repeats_and_loses_nothing(run, monkeypatch):
-    import evaluation.runner.run as runner
-
     seen = []
-    original = runner._answer_batch
+    original = TaskRun.answer
 
-    def dying(state, engine, examples, batch):
+    def dying(state, engine, batch):
         if len(seen) == 3:
             raise KeyboardInterrupt
         seen.extend(index for index, _ in batch)
-        return original(state, engine, examples, batch)
+        return original(state, engine, batch)
 
-    monkeypatch.setattr(runner, "_answer_batch", dying)
+    monkeypatch.setattr(TaskRun, "answer", dying)
     with pytest.raises(KeyboardInterrupt):
         run()
     journal = run.folder / "out" / "predictions.rank0.jsonl"
     assert not (run.folder / "out" / "metrics.json").exists()
     # Killed while writing: the last line is torn.
     journal.write_bytes(journal.read_bytes()[:-20])
-    monkeypatch.setattr(runner, "_answer_batch", lambda *args: seen.extend(i for i, _ in args[3]) or original(*args))
+    monkeypatch.setattr(TaskRun, "answer", lambda *args: seen.extend(i for i, _ in args[2]) or original(*args))
     seen.clear()
     run()
     assert seen == [2, 3, 4]
@@ -322,7 +320,7 @@ def test_only_one_bos():
     [
         ({"examples": []}, "has no examples"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
-        ({"rank": 2, "world_size": 2}, "rank below world_size"),
+        ({"rank": 2, "world_size": 2}, "rank must be below world_size"),
         ({"scoring": "guess"}, "generate or teacher_forced"),
         ({"truncation": "middle"}, "needs max_context_tokens"),
         ({"instruction": "end"}, "prefix, pieces, query"),

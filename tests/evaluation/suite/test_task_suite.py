@@ -12,10 +12,11 @@ from configuration.compose import RECIPES as COMPOSED
 from configuration.compose import compose, recipe_names
 from configuration.errors import exit_with_sentence
 from configuration.targets import build
-from evaluation.suite.quantization import check_quantization, quantization_config
-from evaluation.suite.report import score_table
+from evaluation.suite.column import changed_patch
+from evaluation.suite.report import cost_table, score_table
 from evaluation.suite.sources import GeneratedTasks, TaskFiles, read_essay
-from evaluation.suite.task import TaskSuite, changed_patch
+from evaluation.suite.task import TaskSuite
+from evaluation.suite.weights import check_quantization, quantization_config
 from patches.parallel_context import KeepPieces, ParallelContext
 
 PLAIN = ("longbench", "infinitebench", "helmet", "ruler", "ruler_files")
@@ -56,7 +57,7 @@ def test_windows_and_rotary_scaling_are_columns(suite, tmp_path):
     source = GeneratedTasks(["passkey"], [400], num_examples=1)
     scaled = suite(source, rope=yarn)
     scaled.run(tmp_path)
-    assert scaled._load().config.max_position_embeddings == 4 * 4096  # once, however often it is run
+    assert scaled.weights.load(scaled.model).config.max_position_embeddings == 4 * 4096  # once, however often it is run
     result = suite(source, method="pcw", max_piece_tokens=90).run(tmp_path)
     result = suite(source, method="ape", degree=3, rope={"rope_type": "ntk", "factor": 2}).run(tmp_path)
     assert {row["method"] for row in result["results"]} == {"plain_yarn4", "pcw_90", "ape_degree3_ntk2"}
@@ -85,6 +86,25 @@ def test_tasks_from_files(suite, tmp_path):
     source = TaskFiles("longbench", str(tmp_path), tasks=["qasper"], limit=2)
     result = suite(source).run(tmp_path / "out")
     assert [(row["task"], row["num_examples"]) for row in result["results"]] == [("longbench/qasper", 2)]
+
+
+def test_one_column_holds_one_kind_of_prompts(suite, tmp_path):
+    record = {"input": "?", "context": "word " * 30, "answers": ["a"]}
+    (tmp_path / "qasper.jsonl").write_text(json.dumps(record) + "\n")
+    one, other = (TaskFiles(name, str(tmp_path), tasks=["qasper"]) for name in ("longbench", "longbench_parallelcomp"))
+    suite(one, label="mine").run(tmp_path / "out")
+    with pytest.raises(ValueError, match="longbench_parallelcomp_qasper and longbench_qasper, one set with two"):
+        suite(other, label="mine").run(tmp_path / "out")
+    assert len(suite(other, label="theirs").run(tmp_path / "out")["results"]) == 2
+
+
+def test_costs_are_means_over_examples():
+    row = {"method": "a", "length": None, "answer_nll": None, "peak_bytes": None, "prefill_seconds_per_example": 1.0}
+    small = row | {"num_examples": 1, "score": 100.0, "seconds_per_example": 8.0}
+    large = row | {"num_examples": 3, "score": 0.0, "seconds_per_example": 4.0, "prefill_seconds_per_example": 3.0}
+    (found,) = cost_table([small, large])
+    assert (found["seconds"], found["prefill_seconds"], found["answer_nll"]) == (5.0, 2.5, None)
+    assert found["score"] == 50.0  # over sets, as in the table of scores
 
 
 def test_single_tasks_change_the_patch():
@@ -150,6 +170,10 @@ def test_files_that_are_missing(tmp_path):
         TaskFiles("longbench", None)
     with pytest.raises(ValueError, match="limit must be at least 1"):
         TaskFiles("longbench", "x", limit=0)
+    with pytest.raises(ValueError, match=r"longbench/lcc come in one file.*leave lengths out"):
+        TaskFiles("longbench", "x", tasks=["lcc"], lengths=[8192])
+    with pytest.raises(ValueError, match="is one file, but there are 2 lengths"):
+        TaskFiles("helmet", __file__, tasks=["json_kv"], lengths=[8192, 16384])
 
 
 def test_essays(tmp_path):
@@ -206,7 +230,7 @@ def test_every_recipe_composes_and_builds(name):
     config = compose([f"recipe={name}", "model.path=hub:some/model", *required], command="eval")
     check(config)
     suite = build(config["task"])
-    assert suite.source.cells() and (suite.patch is None) == (name in PLAIN)
+    assert suite.source.cells() and (suite.column.patch is None) == (name in PLAIN)
 
 
 @pytest.mark.parametrize("kind", KINDS)

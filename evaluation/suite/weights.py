@@ -1,17 +1,77 @@
-"""Models with INT8 or INT4 weights, by transformers and one of two packages."""
+"""The weights that a suite loads: dtype, INT8 or INT4 by one of two packages, rotary positions that are scaled."""
 
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
 from evaluation.model_paths import HUB
+from evaluation.model_sources import SweepModel
+from models.rope_scaling import check_rope, scale_model_rope
+from patches.parallel_context import ParallelContext
 
+Dtype = Literal["float32", "bfloat16", "float16"]
 Quantization = Literal["int8", "int4"]
 Backend = Literal["bitsandbytes", "torchao"]
+
+
+@dataclass(frozen=True)
+class Weights:
+    """How a model is loaded.
+
+    Attributes:
+        dtype: of weights and arithmetic.
+        device: where it stands.
+        quantization: int8 or int4 weights; None: as they are.
+        backend: the package that quantises.
+        rope: rotary positions beyond the trained length (`models.rope_scaling.scale_rope`); None: the model's own.
+
+    Raises:
+        ValueError: an option out of range, or weights that this machine cannot load.
+    """
+
+    dtype: Dtype
+    device: torch.device
+    quantization: Quantization | None = None
+    backend: Backend = "bitsandbytes"
+    rope: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        if self.rope is not None:
+            check_rope(self.rope)
+        if self.quantization is not None:
+            check_quantization(self.quantization, self.backend, self.device)
+
+    def check(self, patch: ParallelContext | None, batch_size: int) -> None:
+        """Refuse batches whose rows would change each other.
+
+        Raises:
+            ValueError: rotary angles that follow the longest row.
+        """
+        if self.rope is not None and self.rope["rope_type"] == "dynamic" and patch is None and batch_size > 1:
+            raise ValueError(
+                f"dynamic rotary angles follow the longest row of a batch: pass batch_size=1, got {batch_size}"
+            )
+
+    def load(self, model: SweepModel) -> Any:
+        """Return a model in evaluation mode."""
+        dtype = getattr(torch, self.dtype)
+        if self.quantization is None:
+            loaded = model.load(dtype=dtype, device=self.device)
+        else:
+            name = str(model.source)
+            loaded = load_quantized(name, self.quantization, self.backend, dtype=dtype, device=self.device)
+        if self.rope is not None:
+            # A model that was built here stays as it is for the next run.
+            loaded = loaded if isinstance(model.source, str) else deepcopy(loaded)
+            scale_model_rope(loaded, self.rope)
+        return loaded
 
 
 def check_quantization(quantization: str, backend: str, device: torch.device) -> None:
