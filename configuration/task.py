@@ -32,6 +32,7 @@ def run_task(
     from configuration.quiet import quiet
     from configuration.run_folder import write_start
     from evaluation.processes import Process
+    from preprocess.disk import full_disk_named
 
     quiet()
     task = build(config["task"])
@@ -46,6 +47,7 @@ def run_task(
     output = config.get("output")
     if command == "eval" and not output:
         raise ConfigError(["output is required: pass output=FOLDER for the metrics and figures"])
-    if output and command != "export" and process.is_first:  # an export's folder is a model
-        write_start(Path(output), config)
-    return task.run(Path(output) if output else None)
+    with full_disk_named(Path(output or ".")):
+        if output and command != "export" and process.is_first:  # an export's folder is a model
+            write_start(Path(output), config)
+        return task.run(Path(output) if output else None)

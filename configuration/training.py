@@ -27,6 +27,7 @@ from configuration.step_size import num_data_processes, settle_step_size
 from configuration.targets import build
 from evaluation.results import write_json
 from lightning_modules.lora import has_adapters
+from preprocess.disk import full_disk_named
 
 
 def run(config: dict[str, Any], say: Callable[[str], None] = lambda _: None) -> None:
@@ -49,7 +50,7 @@ def run(config: dict[str, Any], say: Callable[[str], None] = lambda _: None) -> 
     module = build(config["module"], "module")
     data = build_data(config)
     check_vocabulary(config, data)
-    with only_run_in(folder, first=trainer.is_global_zero):
+    with full_disk_named(folder), only_run_in(folder, first=trainer.is_global_zero):
         if trainer.is_global_zero:
             write_start(folder, config)
             copy_tokenizer(data.tokenizer_path, folder / "tokenizer")

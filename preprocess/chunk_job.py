@@ -16,8 +16,9 @@ from datamodules.sequence_store import SequenceStore
 from preprocess.chunk_cut import Tail, chunk_document
 from preprocess.chunk_inputs import DocumentInput, Vocabulary
 from preprocess.chunk_store import SequenceWriter
+from preprocess.disk import full_disk_named
 from preprocess.index import is_taken, move_into_place
-from preprocess.journal import WorkFolder, full_disk_named
+from preprocess.journal import WorkFolder
 
 Report = Callable[[int, int, int], None]
 """Called with documents, tokens and inputs done so far."""

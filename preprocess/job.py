@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from datamodules.corpus_format import META_FILE, digest, read_meta, token_dtype
+from preprocess.disk import full_disk_named
 from preprocess.documents import SPLITS, TRAIN, Source
 from preprocess.encode import encode_in_order
 from preprocess.index import check_eos, is_taken, move_into_place, refuse_foreign
-from preprocess.journal import Journal, WorkFolder, full_disk_named
+from preprocess.journal import Journal, WorkFolder
 from preprocess.tokenizers import canonical_backend, load_tokenizer, save_tokenizer, tokenizer_identity
 from preprocess.train_bpe import train_bpe
 

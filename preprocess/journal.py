@@ -6,11 +6,9 @@ have reached the disk. Whatever a killed process wrote after that is cut off whe
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -20,27 +18,6 @@ from preprocess.encode import Encoded
 from preprocess.index import NOTHING, CorpusFiles, Counts, write_text
 
 JOURNAL_FILE, LOCK_FILE = "journal.json", "lock"
-FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-@contextmanager
-def full_disk_named(output: Path, *, keeps: Path | None = None) -> Iterator[None]:
-    """Say of a full disk what could not be made, and that nothing is lost.
-
-    Args:
-        output: what is being made.
-        keeps: the folder whose content the next run takes up, None if it begins anew.
-
-    Raises:
-        OSError: instead of the one of the file system, whose message names no file.
-    """
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in FULL_DISK:
-            raise
-        kept = "" if keeps is None else f"{keeps} keeps what is done; "
-        raise OSError(f"no space left for {output}: {kept}make room and run this again") from error
 
 
 class WorkFolder:

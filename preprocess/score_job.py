@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from datamodules.score_store import FORMAT, VERSION, Shard, shard_state, shards_of
 from datamodules.sequence_store import SequenceStore
+from preprocess.disk import full_disk_named
 from preprocess.score_model import Scorer, choose_device, load_scorer
 from preprocess.score_progress import ScoreProgress
 from preprocess.score_shards import claim_folder, write_shard
@@ -115,7 +116,8 @@ def score_tokens(
         )
     check_reach(sequences, scorer, longest=max(window.end - window.start for window in windows))
     device = choose_device(run.device, dtype=scorer.options.dtype, local_rank=run.local_rank)
-    manifest_id = claim_folder(run.output, manifest_of(sequences, scorer, schedule, shard_size=run.shard_size))
+    with full_disk_named(run.output):
+        manifest_id = claim_folder(run.output, manifest_of(sequences, scorer, schedule, shard_size=run.shard_size))
     mine = shards_of(len(sequences), run.shard_size)[run.rank :: run.world_size]
     open_shards = [shard for shard in mine if shard_state(run.output, shard, manifest_id, full=True) != "intact"]
     wanted = open_shards[: run.limit_shards]
@@ -126,7 +128,8 @@ def score_tokens(
             started = time.monotonic()
             scores = score_shard(model, sequences, shard=shard, schedule=schedule, run=run, progress=progress)
             about = {"host": socket.gethostname(), "seconds": round(time.monotonic() - started, 3), **versions()}
-            write_shard(run.output, shard, scores, manifest_id=manifest_id, about=about)
+            with full_disk_named(run.output, keeps=run.output):
+                write_shard(run.output, shard, scores, manifest_id=manifest_id, about=about)
     return Outcome(len(mine) - len(open_shards), len(wanted), len(open_shards) - len(wanted))
 
 

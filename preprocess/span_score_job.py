@@ -24,8 +24,9 @@ import numpy.typing as npt
 from datamodules.corpus import TokenCorpus
 from datamodules.corpus_format import META_FILE, canonical_json, digest, file_sha256, identity_of
 from datamodules.span_scores import FORMAT, SCORE_DTYPE, VERSION, read_span_meta, scores_file
+from preprocess.disk import full_disk_named
 from preprocess.index import is_taken, move_into_place, refuse_foreign, write_text
-from preprocess.journal import JOURNAL_FILE, WorkFolder, full_disk_named, read_state, write_state
+from preprocess.journal import JOURNAL_FILE, WorkFolder, read_state, write_state
 from preprocess.score_model import Scorer, choose_device, load_scorer
 from preprocess.tokenizers import load_tokenizer
 

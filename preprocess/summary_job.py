@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any, TextIO
 from datamodules.corpus_format import META_FILE, canonical_json, digest, file_sha256, identity_of
 from datamodules.summarization import MARKER
 from datamodules.summary_store import DOCUMENTS, FORMAT, SUMMARIES, TEXTS_FILE, VERSION, SummaryStore, summary_splits
+from preprocess.disk import full_disk_named
 from preprocess.documents import SPLITS, Document
 from preprocess.encode import Encoder, Ids, encode_in_order
 from preprocess.index import CorpusFiles, is_taken, move_into_place, refuse_foreign, write_text
-from preprocess.journal import WorkFolder, full_disk_named
+from preprocess.journal import WorkFolder
 from preprocess.summary_sources import Pair, PairSource
 from preprocess.tokenizers import canonical_backend, load_tokenizer, save_tokenizer, tokenizer_identity
 

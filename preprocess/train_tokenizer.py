@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from preprocess.command import add_reading_options, reading_options, run_command
+from preprocess.disk import full_disk_named
 from preprocess.documents import TRAIN
 from preprocess.index import is_taken, move_into_place, refuse_foreign
 from preprocess.sources import open_source
@@ -60,7 +61,8 @@ def main(arguments: list[str]) -> None:
     options.output.parent.mkdir(parents=True, exist_ok=True)
     partial = options.output.with_name(f".{options.output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    save_tokenizer(tokenizer, partial)
+    with full_disk_named(options.output):
+        save_tokenizer(tokenizer, partial)
     move_into_place(partial, options.output, overwrite=options.overwrite)
     print(f"{options.output}: {len(tokenizer)} entries, {tokenizer_identity(tokenizer)}")
 
