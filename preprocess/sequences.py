@@ -108,11 +108,11 @@ def _ensure_split(path: Path, split: str, cut: Cut, *, corpus: str | None, max_d
         source = open_input(str(Path(corpus) / split), None, options=ReadOptions(), num_workers=1)
         if max_documents is not None:
             source = FirstDocuments(source, max_documents)
+        tokenizer = Path(corpus) / "tokenizer"
+        if tokenizer.is_dir():  # first: a store that is there is not touched again
+            shutil.copytree(tokenizer, path.parent / "tokenizer", dirs_exist_ok=True)
         with TokenizeProgress(path.name, 1) as progress:
             make_sequences([source], cut, output=path, report=progress)
-        tokenizer = Path(corpus) / "tokenizer"
-        if tokenizer.is_dir():
-            shutil.copytree(tokenizer, path.parent / "tokenizer", dirs_exist_ok=True)
     store = SequenceStore(path)
     if (store.length, store.bos_token_id) != (cut.length, cut.bos_token_id):
         raise ValueError(

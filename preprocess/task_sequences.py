@@ -24,9 +24,10 @@ from evaluation.suite.sources import GeneratedTasks
 from preprocess.chunk_cut import Chunk
 from preprocess.chunk_store import SequenceWriter
 from preprocess.command import run_command
+from preprocess.disk import full_disk_named
 from preprocess.index import is_taken, move_into_place
 from preprocess.journal import WorkFolder
-from preprocess.tokenizers import load_tokenizer, tokenizer_identity
+from preprocess.tokenizers import load_tokenizer, save_tokenizer, tokenizer_identity
 
 EXAMPLES = """examples:
   python -m preprocess.task_sequences --tasks recall_single recall_multikey --length 512 --count 20000 \\
@@ -110,14 +111,14 @@ def make_task_sequences(wanted: TaskSet, tokenizer_name: str, *, output: Path) -
         raise FileExistsError(f"{output} exists and holds something else: choose another --output or remove it")
     folder = output.parent / f".{output.name}.{digest(fields)[:12]}.partial"
     try:
-        with WorkFolder(folder) as held:
+        with full_disk_named(output), WorkFolder(folder) as held:
             meta = _write(task_chunks(wanted, tokenizer), folder, wanted.length, fields)
+            save_tokenizer(tokenizer, output.parent / "tokenizer")  # first: a store that is there is not touched again
             held.clear_tools()
             move_into_place(folder, output, overwrite=False)
     except ValueError:  # other options are needed, and those are other work
         shutil.rmtree(folder)
         raise
-    tokenizer.save_pretrained(output.parent / "tokenizer")
     return meta
 
 
