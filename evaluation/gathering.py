@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -35,3 +35,11 @@ def gather(value: Any, process: Process) -> list[Any]:
     found: list[Any] = [None] * process.world_size
     dist.all_gather_object(found, value)
     return found
+
+
+def share_of(missing: Sequence[Any], process: Process) -> list[Any]:
+    """Return this process's share of what the first one found missing; they must have joined.
+
+    What is missing is asked of one process alone: the others may look at the files a moment later.
+    """
+    return list(gather(list(missing), process)[0][process.rank :: process.world_size])

@@ -6,19 +6,22 @@ the same text; each finished (model, document) is a file, so an interrupted eval
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 
 import torch
 
+from evaluation.arithmetic import arithmetic, versions
 from evaluation.compatibility import check_length
 from evaluation.figures import save_loss_by_position
-from evaluation.loading import load_model, load_tokenizer
+from evaluation.gathering import joined
+from evaluation.long_ppl.documents import TextModel, document_files
 from evaluation.long_ppl.scoring import (
     Interval,
     encode_text,
@@ -29,8 +32,9 @@ from evaluation.long_ppl.scoring import (
 )
 from evaluation.model_paths import HUB, check_model, identity_of, named_models
 from evaluation.positions import position_edges
-from evaluation.results import csv_text, digest, git_commit, json_text, read_json, text_table, write_json, write_text
-from evaluation.scoring import choose_device, perplexity_of
+from evaluation.processes import Process
+from evaluation.results import csv_text, digest, json_text, text_table, write_json, write_text
+from evaluation.scoring import perplexity_of
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 COLUMNS = ("model", "long_ppl", "num_key_tokens", "perplexity", "num_targets", "key_nll_sum", "nll_sum", "seconds")
@@ -106,25 +110,35 @@ class LongPplTask:
         self.max_documents, self.max_tokens = max_documents, max_tokens
         self.windows = {"context_length": context_length, "stride": stride}
         self.thresholds = {"alpha": alpha, "beta": beta}
-        self.dtype, self.device = dtype, choose_device(device, dtype)
+        self.process = Process.current()
+        self.dtype, self.device = dtype, self.process.device(device, dtype)
 
-    def run(self, output: Path) -> dict[str, Any]:
+    def run(self, output: Path) -> dict[str, Any] | None:
         """Compute what is missing in ``output``; write metrics, table and figure; return the metrics and the table.
 
         Files: ``keys/*.json``, ``key_intervals.txt`` (can be given as a key_file), ``results/*.json``,
         ``predictions.jsonl`` (a line for each model and document), ``metrics.json``, ``long_ppl.csv``,
-        ``loss_by_position.png``.
+        ``loss_by_position.png``. Under torchrun the processes share the documents, and only the first writes the
+        metrics and returns them.
 
         Raises:
             ValueError: the key file has another number of documents, a tokenizer is missing or slow.
         """
         self._check_lengths()
         texts = self._read()
-        keys, protocol = self._keys(texts, output), self._protocol(len(texts))
+        with joined(self.process):
+            keys = self._keys(texts, output)
+            scored = {label: self._score(label, path, texts, keys, output) for label, path in self.models.items()}
+        if not self.process.is_first:
+            return None
         write_key_file(output / "key_intervals.txt", keys)
+        return self._publish(scored, self._protocol(len(texts)), output)
+
+    def _publish(
+        self, scored: Mapping[str, list[dict[str, Any]]], protocol: dict[str, Any], output: Path
+    ) -> dict[str, Any]:
         rows, curves, lines = [], {}, []
-        for label, path in self.models.items():
-            documents = self._score(label, path, texts, keys, output / "results")
+        for label, documents in scored.items():
             rows.append({"model": label} | _summary(documents))
             curves[label] = {self.max_tokens: _position_curve(documents, self.max_tokens)}
             lines += [
@@ -163,48 +177,55 @@ class LongPplTask:
                 raise ValueError(f"{self.key_file} has {len(keys)} lines, but there are {len(texts)} documents")
             return keys[: len(texts)]
         assert self.evaluator is not None
-        request = self._request(identity_of(self.evaluator)) | self.windows | self.thresholds
-        evaluator = _Lazy(self.evaluator, self._load)
-        keys = []
-        for index, text in enumerate(texts):
-            file = output / "keys" / f"{index}-{digest(request | {'text': text})[:12]}.json"
-            if not file.is_file():
-                model, tokenizer = evaluator.get()
-                encoded = encode_text(tokenizer, text, max_tokens=self.max_tokens)
-                write_json(file, {"intervals": find_key_intervals(model, encoded, **self.thresholds, **self.windows)})
-            keys.append([(int(start), int(end)) for start, end in read_json(file)["intervals"]])
-        return keys
+        request = self._request(self.evaluator) | self.windows | self.thresholds
+        evaluator = self._model(self.evaluator)
+        names = [f"{index}-{digest(request | {'text': text})[:12]}.json" for index, text in enumerate(texts)]
+
+        def find(index: int) -> dict[str, Any]:
+            model, tokenizer = evaluator.get()
+            encoded = encode_text(tokenizer, texts[index], max_tokens=self.max_tokens)
+            return {"intervals": find_key_intervals(model, encoded, **self.thresholds, **self.windows)}
+
+        found = document_files([output / "keys" / name for name in names], find, self.process)
+        return [[(int(start), int(end)) for start, end in document["intervals"]] for document in found]
 
     def _score(
-        self, label: str, path: str, texts: Sequence[str], keys: Sequence[Sequence[Interval]], folder: Path
+        self, label: str, path: str, texts: Sequence[str], keys: Sequence[Sequence[Interval]], output: Path
     ) -> list[dict[str, Any]]:
-        request, model, documents = self._request(identity_of(path)), _Lazy(path, self._load), []
+        request, model = self._request(path), self._model(path)
         edges = position_edges(self.max_tokens)
+        name, files = re.sub(r"[^A-Za-z0-9._+-]+", "_", label), []
         for index, (text, found) in enumerate(zip(texts, keys, strict=True)):
             key = digest(request | {"text": text, "key": [list(interval) for interval in found]})[:12]
-            file = folder / f"{re.sub(r'[^A-Za-z0-9._+-]+', '_', label)}-{index}-{key}.json"
-            if not file.is_file():
-                start, (loaded, tokenizer) = time.perf_counter(), model.get()
-                scored = score_document(
-                    loaded, encode_text(tokenizer, text, max_tokens=self.max_tokens), found, edges=edges
-                )
-                write_json(file, scored | {"seconds": time.perf_counter() - start})
-            documents.append(read_json(file))
-        return documents
+            files.append(output / "results" / f"{name}-{index}-{key}.json")
 
-    def _load(self, path: str) -> tuple[Any, Any]:
-        name = path.removeprefix(HUB)
-        tokenizer = load_tokenizer(name)
-        if tokenizer is None:
-            raise ValueError(f"{path} has no tokenizer: LongPPL reads text; put the model's tokenizer into its folder")
-        return load_model(name, dtype=getattr(torch, self.dtype), device=self.device), tokenizer
+        def score(index: int) -> dict[str, Any]:
+            start, (loaded, tokenizer) = time.perf_counter(), model.get()
+            encoded = encode_text(tokenizer, texts[index], max_tokens=self.max_tokens)
+            scored = score_document(loaded, encoded, keys[index], edges=edges)
+            return scored | {"seconds": time.perf_counter() - start}
 
-    def _request(self, identity: str) -> dict[str, Any]:
-        return {"model": identity, "max_tokens": self.max_tokens, "dtype": self.dtype, "torch": torch.__version__}
+        return document_files(files, score, self.process)
+
+    def _model(self, path: str) -> TextModel:
+        return TextModel(path, getattr(torch, self.dtype), self.device)
+
+    @cached_property
+    def _identities(self) -> dict[str, str]:
+        """What tells the models apart by path; hashing large ones takes a while."""
+        return {path: identity_of(path) for path in {*self.models.values(), *filter(None, [self.evaluator])}}
+
+    def _request(self, path: str) -> dict[str, Any]:
+        return {"model": self._identities[path], "max_tokens": self.max_tokens, **arithmetic(self.device, self.dtype)}
 
     def _protocol(self, num_documents: int) -> dict[str, Any]:
         """Everything besides the models that a number depends on."""
-        chooser = {"key_file": str(self.key_file)} if self.key_file else {"evaluator": self.evaluator}
+        known, chooser = self._identities, {"evaluator": self.evaluator}
+        if self.key_file is not None:
+            content = hashlib.sha256(self.key_file.read_bytes()).hexdigest()
+            chooser = {"key_file": str(self.key_file), "key_file_identity": f"sha256:{content}"}
+        elif self.evaluator is not None:
+            chooser |= {"evaluator_identity": known[self.evaluator]}
         return {
             "texts": self.texts.describe(),
             "num_documents": num_documents,
@@ -213,23 +234,12 @@ class LongPplTask:
             **chooser,
             **self.windows,
             **self.thresholds,
-            "dtype": self.dtype,
-            "device": self.device.type,
-            "versions": {"torch": torch.__version__, "git": git_commit()},
+            **arithmetic(self.device, self.dtype),
+            "models": {
+                label: {"path": path, "identity": self._identities[path]} for label, path in self.models.items()
+            },
+            "versions": versions(),
         }
-
-
-class _Lazy:
-    """A model that is loaded when a first document needs it."""
-
-    def __init__(self, path: str, load: Callable[[str], tuple[Any, Any]]) -> None:
-        self._load = partial(load, path)
-        self._pair: tuple[Any, Any] | None = None
-
-    def get(self) -> tuple[Any, Any]:
-        if self._pair is None:
-            self._pair = self._load()
-        return self._pair
 
 
 def _summary(documents: Iterable[Mapping[str, Any]]) -> dict[str, Any]:

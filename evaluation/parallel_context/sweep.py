@@ -7,7 +7,6 @@ sweep goes on at the next batch, any number of processes may work on one folder,
 from __future__ import annotations
 
 import hashlib
-import platform
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
@@ -15,10 +14,10 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-import transformers
 from rich.console import Console
 from rich.progress import track
 
+from evaluation.arithmetic import arithmetic, versions
 from evaluation.context_patch import check_pieces
 from evaluation.model_sources import SweepModel, sweep_models
 from evaluation.parallel_context.cells import Cell
@@ -26,7 +25,7 @@ from evaluation.parallel_context.figure import redraw
 from evaluation.parallel_context.plan import SweepGrid, Texts, cut_segments, patch_of
 from evaluation.parallel_context.tails import TailCut
 from evaluation.processes import Process
-from evaluation.results import csv_text, git_commit, json_text, text_table, write_json, write_text
+from evaluation.results import csv_text, json_text, text_table, write_json, write_text
 from patches.parallel_context import ParallelContext
 from patches.parallel_context.families import check_positions
 
@@ -147,7 +146,7 @@ class ParallelSweep:
                     "model": model.identity,
                     "segments": digests[setting.length],
                     "prefix": patch.prefix_ids(model.tokenizer, model.config.get_text_config()),
-                    **self._arithmetic(),
+                    **arithmetic(self.device, self.dtype),
                 }
                 batch_size = max(1, self.batch_tokens // setting.length)
                 cells.append(Cell(model.label, text.name, setting, patch, rows, self.cut, batch_size, request))
@@ -188,18 +187,8 @@ class ParallelSweep:
                     loaded = loaded or model.load(dtype=getattr(torch, self.dtype), device=self.device)
                     cell.measure(journal, loaded, model.tokenizer)
 
-    def _arithmetic(self) -> dict[str, Any]:
-        on_gpu = self.device.type == "cuda"
-        return {
-            "dtype": self.dtype,
-            "device": torch.cuda.get_device_name(self.device) if on_gpu else self.device.type,
-            "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        }
-
     def _protocol(self) -> dict[str, Any]:
         """What the numbers depend on besides what a row says."""
-        arithmetic = self._arithmetic()
-        arithmetic["versions"] |= {"python": platform.python_version(), "git": git_commit()}
         return {
             "keep_tail": self.cut.keep_tail,
             "unsplit": self.cut.unsplit,
@@ -210,7 +199,8 @@ class ParallelSweep:
             "batch_tokens": self.batch_tokens,
             "models": {model.label: {"source": str(model.source), "identity": model.identity} for model in self.models},
             "texts": {text.name: text.identity for text in self.texts},
-            **arithmetic,
+            **arithmetic(self.device, self.dtype),
+            "versions": versions(),
         }
 
     def _publish(self, cells: list[Cell], lines: list[list[dict[str, Any]]], output: Path) -> dict[str, Any]:

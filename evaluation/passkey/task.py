@@ -16,6 +16,7 @@ from typing import Any, Literal, get_args
 import torch
 from transformers import AutoConfig
 
+from evaluation.arithmetic import arithmetic, versions
 from evaluation.cache_memory import check_memory
 from evaluation.compatibility import TokenizedCorpus, check_length, check_tokens
 from evaluation.gathering import gather, joined
@@ -26,7 +27,7 @@ from evaluation.passkey.haystack import answer_sample, chunk_memory, read_haysta
 from evaluation.peak_memory import PeakMemory
 from evaluation.prediction_log import PredictionLog
 from evaluation.processes import Process
-from evaluation.results import csv_text, digest, git_commit, json_text, text_table, write_json, write_text
+from evaluation.results import csv_text, digest, json_text, text_table, write_json, write_text
 from evaluation.scoring import TokenStream, scoring_mode
 from evaluation.token_progress import TokenProgress
 
@@ -199,8 +200,7 @@ class PasskeyTask:
             "seed": self.seed,
             "segment_length": self.segment_length,
             "offload": self.offload,
-            "dtype": self.dtype,
-            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type,
+            **arithmetic(self.device, self.dtype),
         }
 
     def _circumstances(self) -> dict[str, Any]:
@@ -208,7 +208,7 @@ class PasskeyTask:
             "num_samples": self.num_samples,
             "haystack_tokens": self.stream.num_tokens,
             "repeated": max(1.0, max(self.lengths.values()) / self.stream.num_tokens),
-            "versions": {"torch": torch.__version__, "git": git_commit()},
+            "versions": versions(),
         }
 
     def _whole_chunks(self, lengths: Sequence[int]) -> dict[int, int]:

@@ -7,7 +7,6 @@ appears under another protocol. Under torchrun the processes share the batches a
 
 from __future__ import annotations
 
-import platform
 import re
 import shutil
 from collections.abc import Mapping
@@ -15,9 +14,9 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-import transformers
 from transformers import AutoConfig
 
+from evaluation.arithmetic import device_name, versions
 from evaluation.cache_memory import check_memory
 from evaluation.compatibility import TokenizedCorpus, check_length, check_tokens
 from evaluation.figures import save_loss_by_position, save_perplexity_by_length
@@ -32,7 +31,6 @@ from evaluation.processes import Process
 from evaluation.results import (
     csv_text,
     digest,
-    git_commit,
     json_text,
     read_json,
     text_table,
@@ -205,13 +203,9 @@ class PerplexityTask:
             "segment_length": self.segment_length,
             "offload": self.offload,
             "parity": self.parity,
-            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type,
-            "versions": {
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-                "git": git_commit(),
-            },
+            "device": device_name(self.device),
+            # The commit among them: a killed evaluation goes on under the same code only.
+            "versions": versions(),
         }
 
     def _num_tokens(self) -> int:

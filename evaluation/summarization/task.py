@@ -6,22 +6,22 @@ processes share the batches, so killed, resumed and distributed evaluations writ
 
 from __future__ import annotations
 
-import platform
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 import torch
-import transformers
+from transformers import AutoConfig
 
+from evaluation.arithmetic import device_name, versions
 from evaluation.compatibility import check_length
 from evaluation.gathering import joined
 from evaluation.loading import load_model, load_tokenizer
 from evaluation.model_paths import HUB, check_model, identity_of, label_of
 from evaluation.processes import Process
 from evaluation.rank_journal import RankJournal
-from evaluation.results import digest, git_commit, json_text, text_table, write_json, write_text
+from evaluation.results import digest, json_text, text_table, write_json, write_text
 from evaluation.rouge import NAMES, pair_scores
 from evaluation.summarization.decoding import Decoding, generate_batch
 from evaluation.token_progress import TokenProgress
@@ -137,7 +137,7 @@ class SummarizationTask:
                 f"python -m preprocess.summarization --tokenizer {name}"
             )
         check_length(name, self.max_length)
-        config = transformers.AutoConfig.from_pretrained(name).get_text_config()
+        config = AutoConfig.from_pretrained(name).get_text_config()
         protocol = self._protocol(getattr(config, "chunk_size", None), config.pad_token_id)
         journal = RankJournal(output / "generated" / digest(protocol)[:12], self.process.rank)
         with joined(self.process):
@@ -193,13 +193,8 @@ class SummarizationTask:
             "decoding": asdict(self.decoding),
             "batch_size": self.batch_size,
             "dtype": self.dtype,
-            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type,
-            "versions": {
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-                "git": git_commit(),
-            },
+            "device": device_name(self.device),
+            "versions": versions(),
         }
 
     def _num_pairs(self) -> int:

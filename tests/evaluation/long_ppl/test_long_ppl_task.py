@@ -51,10 +51,10 @@ def test_sums_files_and_stored_keys(folders, tmp_path):
     first, second = folders
     task = LongPplTask({"a": first, "b": second}, Texts(), evaluator=first, **OPTIONS)
     result = task.run(tmp_path / "one")
-    model, tokenizer = task._load(second)
+    model, tokenizer = task._model(second).get()
     texts = [encode_text(tokenizer, text, max_tokens=40) for text in Texts().texts]
     options = {name: OPTIONS[name] for name in ("context_length", "stride", "alpha", "beta")}
-    keys = [find_key_intervals(task._load(first)[0], text, **options) for text in texts]
+    keys = [find_key_intervals(task._model(first).get()[0], text, **options) for text in texts]
     expected = evaluate_long_ppl(model, texts, keys)
     assert expected["num_key_tokens"] > 3 and expected["num_targets"] == 29 + 39
     row = result["results"][1]
@@ -65,7 +65,10 @@ def test_sums_files_and_stored_keys(folders, tmp_path):
     for name in ("metrics.json", "long_ppl.csv", "loss_by_position.png"):
         assert (tmp_path / "one" / name).stat().st_size
     stored = LongPplTask(second, Texts(), key_file=str(tmp_path / "one" / "key_intervals.txt"), **OPTIONS)
-    assert stored.run(tmp_path / "two")["results"][0]["long_ppl"] == row["long_ppl"]
+    again = stored.run(tmp_path / "two")
+    assert again["results"][0]["long_ppl"] == row["long_ppl"]
+    assert again["protocol"]["key_file_identity"].startswith("sha256:")
+    assert {"torch", "transformers", "git"} < again["protocol"]["versions"].keys()
 
 
 def test_positions_add_up(folders, tmp_path):

@@ -20,7 +20,7 @@ from preprocess.index import CorpusWriter
 @pytest.fixture(autouse=True)
 def fixed_commit(monkeypatch):
     """Numbers of another commit are computed anew, and somebody may commit while these tests run."""
-    monkeypatch.setattr(perplexity_task, "git_commit", lambda: "a commit")
+    monkeypatch.setattr("evaluation.arithmetic.git_commit", lambda: "a commit")
 
 
 @pytest.fixture
