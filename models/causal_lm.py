@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.utils import logging
 
+from kernels.context_parallel import SequencePart
 from models.next_token_loss import counted_targets, next_token_loss
 from models.reference_layout import load_reference, reference_parameters, strip_prefixes
 
@@ -135,3 +136,16 @@ def check_same_shape(name: str, given: Tensor | None, input_ids: Tensor) -> None
     """Raise a ValueError unless ``given`` is None or shaped like ``input_ids`` ``[B, T]``."""
     if given is not None and given.shape != input_ids.shape:
         raise ValueError(f"{name} must have the shape of input_ids {list(input_ids.shape)}, got {list(given.shape)}")
+
+
+def check_part(part: SequencePart, input_ids: Tensor, **others: Any) -> None:
+    """Raise a ValueError unless ``[B, T]`` are the tokens of ``part`` and ``others`` are all None."""
+    given = [name for name, value in others.items() if value is not None]
+    if given:
+        raise ValueError(
+            f"part cannot be combined with {', '.join(given)}: a part has one document, no padding, no loss"
+        )
+    if input_ids.shape[1] != part.stop - part.start:
+        raise ValueError(
+            f"part has tokens {part.start} to {part.stop} of a sequence, got input_ids {list(input_ids.shape)}"
+        )

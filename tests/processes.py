@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 import torch.multiprocessing
+from lightning.pytorch.utilities import rank_zero_only  # here, not in every child
 
 
 def run_in_processes(num_processes, function, *arguments, timeout=240):
@@ -31,8 +32,6 @@ def run_in_processes(num_processes, function, *arguments, timeout=240):
 
 
 def _child(rank, num_processes, port, function, arguments):
-    from lightning.pytorch.utilities import rank_zero_only
-
     if num_processes > 1:
         os.environ |= {
             "RANK": str(rank),

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from models.blocks import BlockShape
+from models.blocks import AttentionProjections, BlockShape
 from models.grouped_attention import grouped_attention
 from models.rms_norm import RMSNorm, product_input
 from models.rotary import rotary_at, rotate
@@ -49,28 +49,18 @@ def xpos(x: Tensor, positions: Tensor, *, base: int, sign: int) -> Tensor:
     return rotate(x, (cos * power, sin * power))
 
 
-class WindowAttention(nn.Module):
+class WindowAttention(AttentionProjections):
     """Tokens attend to the W positions before them and to themselves, with xPos."""
 
     recurrent = False
 
     def __init__(self, shape: BlockShape, *, block_width: int, xpos_base: int) -> None:
-        super().__init__()
-        self.head_dim, self.block_width, self.xpos_base = shape.head_dim, block_width, xpos_base
-        size, kv_size = shape.hidden_size, shape.num_kv_heads * shape.head_dim
-        self.q_proj = nn.Linear(size, size, bias=False)
-        self.k_proj = nn.Linear(size, kv_size, bias=False)
-        self.v_proj = nn.Linear(size, kv_size, bias=False)
-        self.o_proj = nn.Linear(2 * size if self.recurrent else size, size, bias=False)
-
-    def heads(self, projection: nn.Module, x: Tensor) -> Tensor:
-        """Project ``[B, P, M]`` to heads ``[B, P, H or G, D]``."""
-        return projection(x).unflatten(-1, (-1, self.head_dim))
+        super().__init__(shape, num_reads=2 if self.recurrent else 1)
+        self.block_width, self.xpos_base = block_width, xpos_base
 
     def forward(self, x: Tensor, memory: tuple[Tensor, Tensor] | None, step: Step) -> tuple[Tensor, Tensor, Tensor]:
         """Return what tokens ``[B, U, M]`` read, and the keys and values ``[B, W, G, D]`` the next step sees."""
-        x = product_input(x)
-        query, key, value = (self.heads(projection, x) for projection in (self.q_proj, self.k_proj, self.v_proj))
+        query, key, value = self.project(x)
         out, key, value = self.read_window(query, key, value, memory, step=step)
         return self.o_proj(out.flatten(-2)), key, value
 

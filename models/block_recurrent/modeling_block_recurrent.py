@@ -66,13 +66,7 @@ class BlockRecurrentModel(nn.Module):
     def __init__(self, config: BlockRecurrentConfig) -> None:
         super().__init__()
         self.config = config
-        shape = BlockShape(
-            config.hidden_size,
-            config.intermediate_size,
-            config.num_attention_heads,
-            config.num_kv_heads,
-            config.rms_norm_eps,
-        )
+        shape = BlockShape.of(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
         self.layers = nn.ModuleList(
             BlockRecurrentLayer(config, shape, recurrent=number in config.recurrent_layers)

@@ -32,6 +32,8 @@ class Layout(Protocol):
     """Whether any position of this call may use a retrieval made in this call."""
     row_chunks: list[int] | None
     """Complete chunks of each row; None = ``num_chunks`` in every row, or not known."""
+    first_chunk: int | None
+    """Number in the sequence of the first chunk of a part of it; None = the call has no part."""
 
     def insert(self, text: Tensor, landmark: Tensor) -> Tensor:
         """Place text embeddings ``[B, T, M]`` and landmarks ``[M]`` at their positions ``[B, P, M]``."""
@@ -68,6 +70,7 @@ class GridLayout:
     visible: Tensor | Literal["causal"] = "causal"
     document_ids: Tensor | None = None
     row_chunks: list[int] | None = None
+    first_chunk: int | None = None
 
     def __init__(self, length: int, chunk_size: int, *, offsets: Tensor | None = None) -> None:
         """Lay out rows of ``length`` tokens; ``offsets`` [B] are their first valid columns (None = all 0)."""
@@ -145,6 +148,7 @@ class IndexedLayout:
     """Cells in front of the positions in ``chunk_map``."""
     row_chunks: list[int] | None = None
     """Complete chunks of each row."""
+    first_chunk: int | None = None
 
     @property
     def num_positions(self) -> int:

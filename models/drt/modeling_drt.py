@@ -14,17 +14,19 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
+from kernels.context_parallel import Cut, SequencePart
 from kernels.gca import chunk_weights, retrieve_chunks, reverse_index
 from kernels.gca.noise import row_seeds
-from models.blocks import BlockShape, DecoderBlock, Window, alibi_slopes
-from models.causal_lm import CausalLanguageModel, check_inputs, check_same_shape
+from models.blocks import BlockShape, DecoderBlock, EarlierKeys, Window, alibi_slopes
+from models.causal_lm import CausalLanguageModel, check_inputs, check_part, check_same_shape
 from models.drt.cache import DRTCache
 from models.drt.configuration_drt import DRTConfig
 from models.drt.encoder import ChunkEncoder
 from models.drt.flops import flops_per_token
 from models.drt.layout import Layout
 from models.drt.layout_maps import plain_layout
-from models.drt.retrieval import ChunkMemory, RetrievalBlock, Retrieved
+from models.drt.part_layout import PartLayout
+from models.drt.retrieval import ChunkMemory, RetrievalBlock, Retrieved, of_real_chunks
 from models.rms_norm import RMSNorm, product_input
 
 
@@ -46,6 +48,13 @@ class Call:
     hidden_states: list[Tensor] | None = None
     retrieval: list[tuple[Tensor, Tensor]] | None = None
 
+    @property
+    def earlier_keys(self) -> EarlierKeys | None:
+        """Where the windows of the first positions find what lies before this call."""
+        if isinstance(self.layout, PartLayout):
+            return self.layout.window
+        return None if self.cache is None else self.cache.ring
+
     def noise_source(self, group: int) -> torch.Generator | Tensor | None:
         """Return where the noise of a retrieval comes from: seeds of rows are mixed with the number of the group."""
         return row_seeds(group, self.generator) if isinstance(self.generator, Tensor) else self.generator
@@ -63,20 +72,8 @@ class DRTModel(nn.Module):
         super().__init__()
         self.config = config
         size = config.hidden_size
-        shape = BlockShape(
-            size,
-            config.intermediate_size,
-            config.num_attention_heads,
-            config.num_kv_heads,
-            config.rms_norm_eps,
-        )
-        encoder_shape = BlockShape(
-            size,
-            config.intermediate_size,
-            config.num_attention_heads,
-            config.num_attention_heads,
-            config.encoder_rms_norm_eps,
-        )
+        shape = BlockShape.of(config)
+        encoder_shape = shape.bidirectional(config.encoder_rms_norm_eps)
         memory_size = config.chunk_num_kv_heads * config.head_dim
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
         self.lower_layers = nn.ModuleList(DecoderBlock(shape, index) for index in range(config.num_lower_layers))
@@ -102,12 +99,12 @@ class DRTModel(nn.Module):
 
     def forward(self, input_ids: Tensor, call: Call) -> Tensor:
         """Return the normed hidden states of the text, ``[B, T, M]``."""
-        config, layout, cache = self.config, call.layout, call.cache
+        config, layout = self.config, call.layout
         window = Window(
             config.window_size,
             alibi_slopes(config.num_attention_heads, input_ids.device),
             document_ids=layout.document_ids,
-            ring=None if cache is None else cache.ring,
+            earlier=call.earlier_keys,
             implementation=config.attention_implementation,
         )
         text = self.embed_tokens(input_ids)
@@ -142,6 +139,8 @@ class DRTModel(nn.Module):
                 self.chunk_k_proj(text).unflatten(-1, heads),
                 self.chunk_v_proj(text).unflatten(-1, heads),
             )
+            if isinstance(layout, PartLayout):
+                memory = layout.remember(memory)
         return memory if cache is None else cache.remember(x, memory)
 
     def retrieve(self, group: int, x: Tensor, memory: ChunkMemory | None, call: Call) -> Retrieved | None:
@@ -156,6 +155,7 @@ class DRTModel(nn.Module):
             memory.landmarks,
             config.chunk_top_k,
             visible=layout.visible,
+            first_row=layout.first_chunk,
             noise=noise,
             generator=call.noise_source(group) if noise else None,
         )
@@ -191,6 +191,12 @@ class DRTForCausalLM(CausalLanguageModel):
         """Return the published name of a parameter."""
         return name.replace(".query_norms.", ".lmk_norms.").replace(".encoder_pre_norm.", ".enc_prenorm.")
 
+    @property
+    def sequence_cut(self) -> Cut:
+        """Where a sequence may be cut: between chunks, a window's reach apart."""
+        size, reach = self.config.chunk_size, self.config.window_size - 1
+        return Cut(size, -(-reach // (size + 1)) * size)
+
     def num_flops_per_token(self, context_length: int) -> float:
         """Return training FLOPs of one text token; see ``models.drt.flops.flops_per_token``."""
         return flops_per_token(self.config, context_length)
@@ -208,6 +214,7 @@ class DRTForCausalLM(CausalLanguageModel):
         output_hidden_states: bool | None = None,
         output_retrieval: bool = False,
         retrieval_generator: torch.Generator | Tensor | None = None,
+        part: SequencePart | None = None,
         num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
     ) -> DRTOutput:
@@ -225,6 +232,8 @@ class DRTForCausalLM(CausalLanguageModel):
             output_retrieval: Return the retrieval of the chunks completed in this call.
             retrieval_generator: Source of the retrieval noise in training mode: a generator, or seeds of the rows,
                 int64 ``[B]``, on which alone the noise of a row then depends.
+            part: ``input_ids`` are this part of a sequence; the processes of its group call with the others. The loss
+                is the caller's, who knows the first token of the next part.
             num_items_in_batch: Divisor of the summed loss; None = the number of counted targets.
             **kwargs: ``return_dict``; anything that cannot be honoured is refused.
 
@@ -235,9 +244,12 @@ class DRTForCausalLM(CausalLanguageModel):
         check_same_shape("document_ids", document_ids, input_ids)
         if document_ids is not None and (past_key_values is not None or output_retrieval):
             raise ValueError("document_ids cannot be combined with past_key_values or output_retrieval, drop one")
-        keeps_cache = document_ids is None and self.caches(use_cache, labels, past_key_values)
+        if part is not None:
+            others = {"document_ids": document_ids, "past_key_values": past_key_values, "labels": labels}
+            check_part(part, input_ids, attention_mask=attention_mask, **others)
+        keeps_cache = document_ids is None and part is None and self.caches(use_cache, labels, past_key_values)
         cache = self._cache(past_key_values) if keeps_cache else None
-        layout, documents = self._layout(input_ids, attention_mask, document_ids, cache=cache)
+        layout, documents = self._layout(input_ids, attention_mask, document_ids, cache=cache, part=part)
         call = Call(layout, cache, retrieval_generator)
         if self.config.output_hidden_states if output_hidden_states is None else output_hidden_states:
             call.hidden_states = []
@@ -256,9 +268,17 @@ class DRTForCausalLM(CausalLanguageModel):
         )
 
     def _layout(
-        self, input_ids: Tensor, attention_mask: Tensor | None, document_ids: Tensor | None, *, cache: DRTCache | None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        document_ids: Tensor | None,
+        *,
+        cache: DRTCache | None,
+        part: SequencePart | None,
     ) -> tuple[Layout, Tensor | None]:
         """Return where everything lies, and the document of every token (None = one document without padding)."""
+        if part is not None:
+            return PartLayout(part, self.config.chunk_size, self.config.window_size), None
         if cache is None:
             return plain_layout(input_ids, attention_mask, document_ids, chunk_size=self.config.chunk_size)
         return cache.begin(input_ids, attention_mask), cache.document_numbers(input_ids)
@@ -279,12 +299,4 @@ class DRTForCausalLM(CausalLanguageModel):
         counts = call.layout.row_chunks
         if counts is None:
             return tuple(call.retrieval)
-        number = torch.arange(max(counts), device=input_ids.device)[:, None]
-        absent = number >= torch.tensor(counts, device=input_ids.device)[:, None, None]
-        return tuple(
-            (
-                indices[:, : max(counts)].masked_fill(absent, -1),
-                weights[:, : max(counts)].masked_fill(absent, 0.0),
-            )
-            for indices, weights in call.retrieval
-        )
+        return tuple(of_real_chunks(*found, counts) for found in call.retrieval)

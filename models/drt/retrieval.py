@@ -6,6 +6,7 @@ groups, K retrieved chunks, H heads, Hk chunk key/value heads, D head size, M mo
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -40,6 +41,23 @@ class Retrieved(NamedTuple):
     """Numbers of the chunks ``[B, G, K]`` int32, -1 = empty."""
     reverse: Tensor | None = None
     """The indices sorted by chunk, once for all layers that share them; None: each backward sorts them itself."""
+
+
+def of_real_chunks(indices: Tensor, weights: Tensor, counts: list[int]) -> tuple[Tensor, Tensor]:
+    """Put -1 and 0 where rows of the batch have fewer chunks than others.
+
+    Args:
+        indices: int32 ``[B, R, K]``.
+        weights: float32 ``[B, R, K]``.
+        counts: Chunks of each row, at most R.
+
+    Returns:
+        Both, ``[B, max(counts), K]``.
+    """
+    longest = max(counts)
+    number = torch.arange(longest, device=indices.device)[:, None]
+    absent = number >= torch.tensor(counts, device=indices.device)[:, None, None]
+    return indices[:, :longest].masked_fill(absent, -1), weights[:, :longest].masked_fill(absent, 0.0)
 
 
 class GroupedCrossAttention(nn.Module):

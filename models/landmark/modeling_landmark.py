@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from kernels.landmark import landmark_attention
-from models.blocks import BlockShape, SwiGLU
+from models.blocks import AttentionProjections, BlockShape, SwiGLU
 from models.drt.layout import GridLayout
 from models.flops import FORWARD_AND_BACKWARD, attention_flops, block_flops, mean_window_keys
 from models.landmark.cache import LandmarkCache
 from models.landmark.configuration_landmark import LandmarkConfig
 from models.landmark.retrieval import Frame, top_k_attention
-from models.rms_norm import RMSNorm, product_input
+from models.rms_norm import RMSNorm
 from models.rotary import rotary_at, rotate
 from models.row_lm import RowCall, RowLanguageModel
 
@@ -42,25 +42,16 @@ class Reading:
     positions: Tensor | None = None
 
 
-class LandmarkAttention(nn.Module):
+class LandmarkAttention(AttentionProjections):
     """Landmark attention over all earlier positions, or over the best blocks of a cache."""
 
     def __init__(self, shape: BlockShape, layer_index: int) -> None:
-        super().__init__()
+        super().__init__(shape)
         self.layer_index = layer_index
-        self.head_dim = shape.head_dim
-        kv_size = shape.num_kv_heads * shape.head_dim
-        self.q_proj = nn.Linear(shape.hidden_size, shape.hidden_size, bias=False)
-        self.k_proj = nn.Linear(shape.hidden_size, kv_size, bias=False)
-        self.v_proj = nn.Linear(shape.hidden_size, kv_size, bias=False)
-        self.o_proj = nn.Linear(shape.hidden_size, shape.hidden_size, bias=False)
 
     def forward(self, x: Tensor, reading: Reading) -> Tensor:
         """Attend from ``[B, P, M]`` to itself and to what the cache holds."""
-        x = product_input(x)
-        query, key, value = (
-            projection(x).unflatten(-1, (-1, self.head_dim)) for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        query, key, value = self.project(x)
         if reading.cache is not None and reading.positions is not None:
             key, value = reading.cache.extend(self.layer_index, key, value)
             if reading.top_k is not None:
@@ -98,13 +89,7 @@ class LandmarkModel(nn.Module):
     def __init__(self, config: LandmarkConfig) -> None:
         super().__init__()
         self.config = config
-        shape = BlockShape(
-            config.hidden_size,
-            config.intermediate_size,
-            config.num_attention_heads,
-            config.num_kv_heads,
-            config.rms_norm_eps,
-        )
+        shape = BlockShape.of(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
         self.layers = nn.ModuleList(LandmarkBlock(shape, index) for index in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)

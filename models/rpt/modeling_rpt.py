@@ -68,10 +68,9 @@ class RPTModel(nn.Module):
         super().__init__()
         self.config, self.retriever = config, retriever
         size, lower = config.hidden_size, config.num_lower_layers
-        heads, kv_heads = config.num_attention_heads, config.num_kv_heads
-        shape = BlockShape(size, config.intermediate_size, heads, kv_heads, config.rms_norm_eps)
-        encoder_shape = BlockShape(size, config.intermediate_size, heads, heads, config.encoder_rms_norm_eps)
-        kv_size = kv_heads * config.head_dim
+        shape = BlockShape.of(config)
+        encoder_shape = shape.bidirectional(config.encoder_rms_norm_eps)
+        kv_size = config.num_kv_heads * config.head_dim
         self.embed_tokens = nn.Embedding(config.vocab_size, size, padding_idx=config.pad_token_id)
         self.lower_layers = nn.ModuleList(DecoderBlock(shape, index) for index in range(lower))
         self.encoder_pre_norm = RMSNorm(size, config.rms_norm_eps)
@@ -89,7 +88,7 @@ class RPTModel(nn.Module):
             config.window_size,
             alibi_slopes(config.num_attention_heads, input_ids.device),
             document_ids=None if cache is None else cache.begin(input_ids, call),
-            ring=None if cache is None else cache.ring,
+            earlier=None if cache is None else cache.ring,
             implementation=config.attention_implementation,
         )
         x = self.embed_tokens(input_ids)

@@ -9,14 +9,15 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
-from models.blocks import BlockShape, DecoderBlock, Window, alibi_slopes
-from models.causal_lm import CausalLanguageModel, check_inputs, check_same_shape
+from kernels.context_parallel import Cut, SequencePart
+from models.blocks import BlockShape, DecoderBlock, EarlierKeys, Window, alibi_slopes
+from models.causal_lm import CausalLanguageModel, check_inputs, check_part, check_same_shape
 from models.flops import FORWARD_AND_BACKWARD, attention_flops, block_flops, mean_window_keys
+from models.part_window import PartWindow
 from models.rms_norm import RMSNorm
 from models.rows import RowProgress, align, document_numbers, restore
 from models.sliding_window_lm.cache import SlidingWindowCache
 from models.sliding_window_lm.configuration_sliding_window_lm import SlidingWindowLMConfig
-from models.window_cache import WindowRing
 
 
 class SlidingWindowModel(nn.Module):
@@ -25,13 +26,7 @@ class SlidingWindowModel(nn.Module):
     def __init__(self, config: SlidingWindowLMConfig) -> None:
         super().__init__()
         self.config = config
-        shape = BlockShape(
-            config.hidden_size,
-            config.intermediate_size,
-            config.num_attention_heads,
-            config.num_kv_heads,
-            config.rms_norm_eps,
-        )
+        shape = BlockShape.of(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
         self.layers = nn.ModuleList(DecoderBlock(shape, index) for index in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -42,7 +37,7 @@ class SlidingWindowModel(nn.Module):
         *,
         offsets: Tensor | None,
         document_ids: Tensor | None,
-        ring: WindowRing | None,
+        earlier: EarlierKeys | None,
         hidden_states: list[Tensor] | None,
     ) -> Tensor:
         """Return normed hidden states ``[B, T, M]``; rows are moved left by ``offsets`` inside."""
@@ -50,7 +45,7 @@ class SlidingWindowModel(nn.Module):
             self.config.window_size,
             alibi_slopes(self.config.num_attention_heads, input_ids.device),
             document_ids=document_ids,
-            ring=ring,
+            earlier=earlier,
             implementation=self.config.attention_implementation,
         )
         x = align(self.embed_tokens(input_ids), offsets)
@@ -79,6 +74,11 @@ class SlidingWindowLMForCausalLM(CausalLanguageModel):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    @property
+    def sequence_cut(self) -> Cut:
+        """Where a sequence may be cut: anywhere, a window's reach apart."""
+        return Cut(least=self.config.window_size - 1)
+
     def num_flops_per_token(self, context_length: int) -> float:
         """Return matrix-product FLOPs of forward and backward per token of a sequence of ``context_length``.
 
@@ -102,6 +102,7 @@ class SlidingWindowLMForCausalLM(CausalLanguageModel):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         output_hidden_states: bool | None = None,
+        part: SequencePart | None = None,
         num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
@@ -116,6 +117,8 @@ class SlidingWindowLMForCausalLM(CausalLanguageModel):
             use_cache: None = in evaluation mode without labels, as ``config.use_cache`` says.
             logits_to_keep: Return only the last so many logits (0 = all), or those at these positions.
             output_hidden_states: Return the embeddings and the output of every block, the last one normed.
+            part: ``input_ids`` are this part of a sequence; the processes of its group call with the others. The loss
+                is the caller's, who knows the first token of the next part.
             num_items_in_batch: Divisor of the summed loss; None = the number of counted targets.
             **kwargs: ``return_dict``; anything that cannot be honoured is refused.
 
@@ -126,15 +129,18 @@ class SlidingWindowLMForCausalLM(CausalLanguageModel):
         if document_ids is not None and past_key_values is not None:
             raise ValueError("document_ids cannot be combined with past_key_values; drop one of them")
         check_same_shape("document_ids", document_ids, input_ids)
+        if part is not None:
+            others = {"document_ids": document_ids, "past_key_values": past_key_values, "labels": labels}
+            check_part(part, input_ids, attention_mask=attention_mask, **others)
         cache = None
-        if document_ids is None and self.caches(use_cache, labels, past_key_values):
+        if document_ids is None and part is None and self.caches(use_cache, labels, past_key_values):
             cache = self._cache(past_key_values)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         states: list[Tensor] | None = [] if output_hidden_states else None
         offsets, key_ids, documents = self._rows(input_ids, attention_mask, document_ids, cache=cache)
-        ring = None if cache is None else cache.ring
-        hidden = self.model(input_ids, offsets=offsets, document_ids=key_ids, ring=ring, hidden_states=states)
+        earlier = self._earlier_keys(cache, part)
+        hidden = self.model(input_ids, offsets=offsets, document_ids=key_ids, earlier=earlier, hidden_states=states)
         logits, loss = self.score(
             hidden,
             labels,
@@ -168,6 +174,11 @@ class SlidingWindowLMForCausalLM(CausalLanguageModel):
             documents = document_numbers(document_ids, attention_mask)
             return None, documents, documents
         return spans.shift(input_ids.device), key_ids, spans.documents(input_ids)
+
+    def _earlier_keys(self, cache: SlidingWindowCache | None, part: SequencePart | None) -> EarlierKeys | None:
+        if part is not None:
+            return PartWindow(part, self.config.window_size)
+        return None if cache is None else cache.ring
 
     def _cache(self, past_key_values: Any) -> SlidingWindowCache:
         if past_key_values is None:
