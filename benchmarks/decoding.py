@@ -39,9 +39,9 @@ def _tokens(count: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def _read(model: DRTForCausalLM, tokens: torch.Tensor, cache: DRTCache) -> torch.Tensor:
-    """Feed tokens in segments; returns the last logits."""
-    for part in tokens.split(SEGMENT, 1):
+def read_segments(model: DRTForCausalLM, tokens: torch.Tensor, cache: DRTCache, segment: int = SEGMENT) -> torch.Tensor:
+    """Feed tokens ``[B, T]`` in segments; returns the last logits."""
+    for part in tokens.split(segment, 1):
         logits = model(input_ids=part, past_key_values=cache, logits_to_keep=1).logits
     return logits
 
@@ -60,7 +60,7 @@ def bytes_per_token() -> Iterator[Row]:
     model = _model()
     cache, held = DRTCache(model.config), []
     for count in (SHORT, 4 * SHORT):
-        _read(model, _tokens(count - cache.get_seq_length()), cache)
+        read_segments(model, _tokens(count - cache.get_seq_length()), cache)
         held.append(cache.nbytes())
     grown = (held[1] - held[0]) / (3 * SHORT)
     elements = 2 * model.config.num_key_value_heads * model.config.head_dim + WIDTH / 64
@@ -74,10 +74,10 @@ def latency() -> Iterator[Row]:
     tokens = _tokens(200)
     with torch.no_grad():
         whole = model(input_ids=tokens, use_cache=False).logits[:, -1:]
-    check({"logits": _read(model, tokens, DRTCache(model.config))}, {"logits": whole}, 1e-4)
+    check({"logits": read_segments(model, tokens, DRTCache(model.config))}, {"logits": whole}, 1e-4)
     for count in (SHORT, LONG):
         cache = DRTCache(model.config)
-        _read(model, _tokens(count), cache)
+        read_segments(model, _tokens(count), cache)
         functions[str(count)] = partial(_decode, model, cache)
     best = cpu_seconds(functions, repeats=8)
     ours, short = best[str(LONG)] / CHUNK, best[str(SHORT)] / CHUNK

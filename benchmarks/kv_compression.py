@@ -4,7 +4,8 @@ Legend: B batch, T original tokens, S columns after insertion, H kv heads, D hea
 """
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,7 +47,7 @@ def random_states(model: LlamaForCausalLM, batch_size: int, num_entries: int) ->
     return [(torch.randn(shape, **options), torch.randn(shape, **options)) for _ in range(config.num_hidden_layers)]
 
 
-def layout_of(batch_size: int, num_tokens: int, ratio: float, **options: int) -> SpanLayout:
+def layout_of(batch_size: int, num_tokens: int, ratio: float, **options: Any) -> SpanLayout:
     """Lay out random rows at a ratio."""
     draw = random.Random(0)
     ids = [[draw.randrange(100) for _ in range(num_tokens)] for _ in range(batch_size)]
@@ -118,7 +119,7 @@ def decode_gpu() -> Iterator[Row]:
     yield from _decode(LARGE, "cuda", 32, cuda_seconds)
 
 
-def _loops(ids: list[int], spans: list[tuple[int, int]]) -> Tensor:
+def _loops(ids: list[int], spans: Sequence[tuple[int, ...]]) -> Tensor:
     """Insert sentinels and apply the rule pair by pair."""
     starts, ends = ({span[side]: number + 1 for number, span in enumerate(spans)} for side in (0, 1))
     kinds, owners, inside = [], [], 0

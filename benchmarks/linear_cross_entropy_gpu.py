@@ -4,6 +4,7 @@ Legend: N targets, M model width, V vocabulary.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 
@@ -11,12 +12,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.linear_cross_entropy import Inputs, Loss, differentiate, naive
-from benchmarks.measure import cuda_seconds
+from benchmarks.measure import Product, fitting, peak_bytes_on, seconds_on
 from benchmarks.registry import Row, case
 from kernels.linear_cross_entropy import token_nll
-
-N, V, M = 32768, 128_256, 4096
-SHAPE = f"N {N}, V {V}, M {M}, bfloat16"
 
 
 def liger(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -26,38 +24,58 @@ def liger(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return liger_fused_linear_cross_entropy(hidden, weight, targets, reduction="none")
 
 
-def _inputs() -> tuple[Inputs, Tensor]:
-    weight = (torch.randn(V, M, device="cuda") * M**-0.5).bfloat16()
-    hidden = torch.randn(N, M, device="cuda", dtype=torch.bfloat16)
-    return (hidden, weight, torch.randint(V, (N,), device="cuda")), torch.randn(N, device="cuda")
+@dataclass(frozen=True)
+class Head:
+    """Sizes of a problem."""
+
+    targets: int = 32768
+    vocabulary: int = 128_256
+    width: int = 4096
+    device: str = "cuda"
+
+    def __str__(self) -> str:
+        return f"N {self.targets}, V {self.vocabulary}, M {self.width}, bfloat16"
+
+    def inputs(self) -> tuple[Inputs, Tensor]:
+        """Make hidden, weight, targets, and upstream gradients of any sign."""
+        weight = (torch.randn(self.vocabulary, self.width, device=self.device) * self.width**-0.5).bfloat16()
+        hidden = torch.randn(self.targets, self.width, device=self.device, dtype=torch.bfloat16)
+        targets = torch.randint(self.vocabulary, (self.targets,), device=self.device)
+        return (hidden, weight, targets), torch.randn(self.targets, device=self.device)
 
 
-def _error(inputs: Inputs, nll: Tensor) -> float:
-    """Compare a sample of rows with float64; returns the largest error."""
+def _check(inputs: Inputs, nll: Tensor) -> None:
+    """Compare a sample of rows with float64."""
     hidden, weight, targets = inputs
-    sample = torch.arange(0, N, N // 64, device=nll.device)
+    sample = torch.arange(0, len(targets), max(1, len(targets) // 64), device=nll.device)
     logits = torch.cat([hidden[sample].double() @ part.double().T for part in weight.split(8192)], 1)
     exact = logits.logsumexp(1) - logits.gather(1, targets[sample, None])[:, 0]
-    return (nll[sample].double() - exact).abs().max().item()
+    if not (error := (nll[sample].double() - exact).abs().max().item()) <= 1e-5:
+        raise ArithmeticError(f"a loss is wrong by {error:.1e}")
+
+
+def compare(head: Head) -> Iterator[Row]:
+    """Check a sample, then compare time and memory."""
+    inputs, upstream = head.inputs()
+    results: dict[str, Tensor] = {}
+    peak = peak_bytes_on(head.device, lambda: results.update(differentiate(token_nll, inputs, upstream)))
+    _check(inputs, results.pop("nll"))
+    results.clear()
+    losses: list[Loss] = [token_nll, naive] + ([liger] if find_spec("liger_kernel") else [])
+    functions = fitting({loss.__name__: partial(differentiate, loss, inputs, upstream) for loss in losses})
+    product = Product.on(head.device)
+    seconds = seconds_on(head.device, functions | {"product": product.run})
+    flops = 8.0 * head.targets * head.vocabulary * head.width
+    ours, measure = seconds["token_nll"], "forward + backward, s"
+    limit = product.limit(flops, seconds["product"])
+    yield Row(str(head), measure, ours, "matrix product", limit, 0.7, floor=0.6)
+    for name, target in (("liger", 1.0), ("naive", 0.95)):
+        if name in seconds:
+            yield Row(str(head), measure, ours, name, seconds[name], target, "lower")
+    extra, allowed = peak - inputs[1].nbytes, 2.0**30
+    yield Row(str(head), "forward + backward, peak bytes beyond dW", extra, "1 GiB", allowed, 1, "lower", floor=1)
 
 
 @case("L5", group="linear_cross_entropy_gpu", device="cuda")
 def forward_backward() -> Iterator[Row]:
-    inputs, upstream = _inputs()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    nll = differentiate(token_nll, inputs, upstream)["nll"]
-    extra = torch.cuda.max_memory_allocated() - before - inputs[1].nbytes
-    if not (error := _error(inputs, nll)) <= 1e-5:
-        raise ArithmeticError(f"a loss is wrong by {error:.1e}")
-    losses: list[Loss] = [token_nll, naive] + ([liger] if find_spec("liger_kernel") else [])
-    square = torch.randn(2, 8192, 8192, device="cuda", dtype=torch.bfloat16)
-    functions = {loss.__name__: partial(differentiate, loss, inputs, upstream) for loss in losses}
-    seconds = cuda_seconds(functions | {"product": partial(torch.mm, square[0], square[1])})
-    ours, limit = seconds["token_nll"], 8 * N * V * M * seconds["product"] / (2 * 8192**3)
-    measure = "forward + backward, GPU s"
-    yield Row(SHAPE, measure, ours, "matrix product", limit, 0.7, floor=0.6)
-    for name, target in (("liger", 1.0), ("naive", 0.95)):
-        if name in seconds:
-            yield Row(SHAPE, measure, ours, name, seconds[name], target, "lower")
-    yield Row(SHAPE, "forward + backward, peak bytes beyond dW", extra, "1 GiB", 2.0**30, 1, "lower", floor=1)
+    yield from compare(Head())

@@ -3,6 +3,8 @@
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from unittest.mock import patch
 
 import torch
@@ -24,7 +26,7 @@ def cpu_seconds(functions: Mapping[str, Function], repeats: int = 5) -> dict[str
 
 
 def cuda_seconds(functions: Mapping[str, Function], repeats: int = 20) -> dict[str, float]:
-    """Time the functions in turns by CUDA events; returns the median of each."""
+    """Time the functions in turns by CUDA events, after three warm-ups each; returns the median of each."""
     times: dict[str, list[float]] = {name: [] for name in functions}
     for turn in range(repeats + 3):
         for name, function in functions.items():
@@ -36,6 +38,53 @@ def cuda_seconds(functions: Mapping[str, Function], repeats: int = 20) -> dict[s
             if turn >= 3:
                 times[name].append(start.elapsed_time(stop) * 1e-3)
     return {name: sorted(taken)[len(taken) // 2] for name, taken in times.items()}
+
+
+def seconds_on(device: str, functions: Mapping[str, Function], repeats: int = 20) -> dict[str, float]:
+    """Time the functions in turns: by CUDA events on a GPU, once by process CPU time on a CPU."""
+    return cuda_seconds(functions, repeats) if device == "cuda" else cpu_seconds(functions, 1)
+
+
+def peak_bytes_on(device: str, function: Function) -> int:
+    """Run a function; returns the peak of live bytes beyond those that were live before."""
+    if device != "cuda":
+        return allocations(function)[0]
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    function()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def fitting(functions: Mapping[str, Function]) -> dict[str, Function]:
+    """Run each function once; returns those for which the device has the memory."""
+    fit = {}
+    for name, function in functions.items():
+        try:
+            function()
+            fit[name] = function
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+    return fit
+
+
+@dataclass(frozen=True)
+class Product:
+    """A large bfloat16 matrix product, timed beside what it is the limit of."""
+
+    run: Function
+    flops: float
+
+    @classmethod
+    def on(cls, device: str) -> "Product":
+        """Choose a size that fills the device."""
+        size = 8192 if device == "cuda" else 256
+        left, right = torch.randn(2, size, size, device=device, dtype=torch.bfloat16)
+        return cls(partial(torch.mm, left, right), 2.0 * size**3)
+
+    def limit(self, flops: float, seconds: float) -> float:
+        """Return how long other FLOPs take at the rate of the product, which took some seconds."""
+        return flops * seconds / self.flops
 
 
 def allocations(function: Function) -> tuple[int, int]:

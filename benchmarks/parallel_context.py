@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.measure import allocations, check, cpu_seconds, cuda_seconds
+from benchmarks.measure import allocations, check, cpu_seconds, cuda_seconds, peak_bytes_on
 from benchmarks.registry import Row, case
 from patches.parallel_context import ParallelContext, PieceCache, positions
 
@@ -125,7 +125,7 @@ class _Copies(TorchDispatchMode):
         name = func.overloadpacket.__name__
         moved = args[1] if name == "copy_" else found
         if name in ("copy_", "clone", "cat", "stack", "gather", "index_select", "index", "_to_copy"):
-            shape = getattr(moved, "shape", ())
+            shape: tuple[int, ...] = getattr(moved, "shape", ())
             if len(shape) >= 3 and shape[-1] == self.size and shape[-3] == self.heads:
                 self.count += moved.numel() * moved.element_size()
         return found
@@ -203,15 +203,8 @@ def on_a_gpu() -> Iterator[Row]:
         "full": partial(_full, model, [1, *context], query),
     }
     best = cuda_seconds(functions)
-    peaks = {name: _gpu_peak(function) for name, function in functions.items()}
+    peaks = {name: peak_bytes_on("cuda", function) for name, function in functions.items()}
     bound = _flops(model, [len(context)]) / _flops(model, [len(piece) for piece in pieces])
     shape = f"32768 tokens in 16 pieces, query {QUERY}, width 2048, 16 layers, bfloat16; FLOP bound {bound:.2f}"
     yield Row(shape, "encode + query, GPU s", best["ours"], "full prefill", best["full"], 2.0)
     yield Row(shape, "peak bytes", peaks["ours"], "full prefill", peaks["full"], 1.0, "lower")
-
-
-def _gpu_peak(function: Callable[[], object]) -> int:
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    function()
-    return torch.cuda.max_memory_allocated() - before

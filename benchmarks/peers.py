@@ -1,6 +1,6 @@
 """What our kernels are compared with: the same operations in the usual PyTorch.
 
-Legend: B batch (1), N query groups, S rows of a group, H heads, D head size, E stored chunks, C keys of a chunk,
+Legend: B batch, N query groups, S rows of a group, H heads, D head size, E stored chunks, C keys of a chunk,
 K retrieved chunks.
 """
 
@@ -28,10 +28,30 @@ def gca_sdpa(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, weights: Tensor) 
     return torch.stack(outs)[None]
 
 
-def causal_sdpa(q: Tensor) -> Tensor:
-    """Run full causal attention over the same tokens: ``[1, N, S, H, D]`` as N S tokens."""
-    x = q.flatten(1, 2).transpose(1, 2)
-    return torch.nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True)
+def gather_slots(k: Tensor, v: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+    """Copy the keys and values of every slot, ``[B, E, C, H, D]`` to ``[B N K, H, C, D]``; no empty slot."""
+    rows = torch.arange(k.shape[0], device=k.device)[:, None, None]
+    keys, values = (x[rows, indices.long()].flatten(0, 2).transpose(1, 2) for x in (k, v))
+    return keys, values
+
+
+def sdpa_slots(q: Tensor, keys: Tensor, values: Tensor, weights: Tensor) -> Tensor:
+    """Attend from ``[B, N, S, H, D]`` to gathered slots in one call of SDPA, and sum by the weights ``[B, N, K]``."""
+    query = q.transpose(2, 3)[:, :, None].expand(-1, -1, weights.shape[2], -1, -1, -1).flatten(0, 2)
+    out = torch.nn.functional.scaled_dot_product_attention(query, keys, values, enable_gqa=True)
+    return torch.einsum("bnk,bnkhsd->bnshd", weights.to(q.dtype), out.unflatten(0, weights.shape))
+
+
+def gca_gathered(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+    """Gather, then attend; the backward scatters the gradients of keys and values."""
+    return sdpa_slots(q, *gather_slots(k, v, indices), weights)
+
+
+def causal_sdpa(q: Tensor, k: Tensor | None = None, v: Tensor | None = None) -> Tensor:
+    """Run full causal attention over the same tokens: ``[B, N, S, H, D]`` as N S tokens; None = the queries."""
+    query, key, value = ((q if x is None else x).flatten(1, 2).transpose(1, 2) for x in (q, k, v))
+    options = {"is_causal": True, "enable_gqa": query.shape[1] != key.shape[1]}
+    return torch.nn.functional.scaled_dot_product_attention(query, key, value, **options)
 
 
 def retrieve_dense(queries: Tensor, landmarks: Tensor, top_k: int) -> tuple[Tensor, Tensor]:

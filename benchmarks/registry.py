@@ -9,7 +9,10 @@ A case is a function that yields rows; one decorator registers it:
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Literal
+
+import torch
 
 
 @dataclass(frozen=True)
@@ -51,20 +54,30 @@ class Case:
     group: str
     device: Literal["cpu", "cuda"]
     run: Callable[[], Iterator[Row]]
+    needs: str | None = None
+    """A package without which the case is left out."""
+
+    def problem(self) -> str | None:
+        """Say why the case cannot run here; None if it can."""
+        if self.device == "cuda" and not torch.cuda.is_available():
+            return "needs a CUDA device"
+        if self.needs is not None and find_spec(self.needs) is None:
+            return f"needs {self.needs} (pip install --no-build-isolation -r requirements-gpu.txt)"
+        return None
 
 
 CASES: list[Case] = []
 
 
 def case(
-    id: str, *, group: str, device: Literal["cpu", "cuda"] = "cpu"
+    id: str, *, group: str, device: Literal["cpu", "cuda"] = "cpu", needs: str | None = None
 ) -> Callable[[Callable[[], Iterator[Row]]], Callable[[], Iterator[Row]]]:
     """Register a function that yields rows under the id of its case."""
 
     def register(run: Callable[[], Iterator[Row]]) -> Callable[[], Iterator[Row]]:
         if any(known.id == id for known in CASES):
             raise ValueError(f"benchmark case {id!r} is registered twice")
-        CASES.append(Case(id, group, device, run))
+        CASES.append(Case(id, group, device, run, needs))
         return run
 
     return register

@@ -40,7 +40,8 @@ def _version(package: str) -> str:
 
 
 def _commit() -> str:
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    # "-dirty" behind it: not what was committed.
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude", "*"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     return done.stdout.strip() or "unknown"
 
@@ -110,8 +111,8 @@ def main(names: list[str]) -> int:
     torch.set_num_threads(1)
     start, broken = time.monotonic(), []
     for case in cases:
-        if case.device == "cuda" and not torch.cuda.is_available():
-            print(f"{case.id}: skipped, needs a CUDA device")
+        if problem := case.problem():
+            print(f"{case.id}: skipped, {problem}")
             continue
         for row in case.run():
             record(case, row)

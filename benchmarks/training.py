@@ -89,8 +89,8 @@ def against_full_attention() -> Iterator[Row]:
 
 @case("T2", group="training")
 def trainer_and_loader() -> Iterator[Row]:
-    with tempfile.TemporaryDirectory() as folder, _quiet():
-        _write_corpus(Path(folder))
+    with tempfile.TemporaryDirectory() as folder, quiet():
+        write_corpus(Path(folder))
         best, weights = {"trainer": float("inf"), "bare": float("inf")}, {}
         for _ in range(TURNS):
             for name, run in (("trainer", _trainer_loop), ("bare", _bare_loop)):
@@ -104,7 +104,7 @@ def trainer_and_loader() -> Iterator[Row]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     logging.disable(logging.WARNING)
     try:
         yield
@@ -112,18 +112,24 @@ def _quiet() -> Iterator[None]:
         logging.disable(logging.NOTSET)
 
 
-def _write_corpus(folder: Path) -> None:
-    options = {"dtype": "uint16", "tokenizer": "random", "vocab_size": VOCAB, "eos_token_id": 256, "source": "random"}
+def write_corpus(folder: Path) -> None:
+    options: dict[str, Any] = {
+        "dtype": "uint16",
+        "tokenizer": "random",
+        "vocab_size": VOCAB,
+        "eos_token_id": 256,
+        "source": "random",
+    }
     for split, size in (("train", 200_000), ("validation", 2_000)):
         with CorpusWriter(folder / split, **options) as writer:
             writer.add(np.random.default_rng(size).integers(TEXT_IDS, size=size))
 
 
-def _data(folder: str, max_steps: int = STEPS) -> PackedTextDataModule:
+def make_data(folder: str, max_steps: int = STEPS) -> PackedTextDataModule:
     return PackedTextDataModule(folder, context_length=LENGTH, batch_size=BATCH, max_steps=max_steps)
 
 
-def _module() -> CausalLMModule:
+def make_module() -> CausalLMModule:
     build: Callable[[], Any] = partial(_drt, retrieval_noise=None)
     return CausalLMModule(build, optimization=Optimization(warmup_steps=2), max_steps=STEPS)
 
@@ -139,7 +145,7 @@ class Stopwatch(pl.Callback):
 
 def _trainer_loop(folder: str) -> tuple[float, dict[str, torch.Tensor]]:
     """Train with the logger and the watching callbacks of every run; return CPU seconds per step and the weights."""
-    watch, module = Stopwatch(), _module()
+    watch, module = Stopwatch(), make_module()
     trainer = pl.Trainer(
         max_steps=STEPS,
         max_epochs=-1,
@@ -154,17 +160,17 @@ def _trainer_loop(folder: str) -> tuple[float, dict[str, torch.Tensor]]:
         use_distributed_sampler=False,
         callbacks=[LossLog(f"{folder}/train.jsonl"), Throughput(), NaNGuard(), watch],
     )
-    trainer.fit(module, datamodule=_data(folder))
+    trainer.fit(module, datamodule=make_data(folder))
     return (watch.end - watch.start) / (STEPS - 1), dict(module.model.named_parameters())
 
 
 def _bare_loop(folder: str) -> tuple[float, dict[str, torch.Tensor]]:
     """Do the same in a plain loop."""
-    module = _module()
+    module = make_module()
     module.configure_model()
     model, optimizer = module.model, module.configure_optimizers()
     start = 0.0
-    for step, batch in enumerate(_data(folder).train_dataloader()):
+    for step, batch in enumerate(make_data(folder).train_dataloader()):
         for group in optimizer.param_groups:
             group["lr"] = module.optimization.lr_at(step + 1, STEPS)
         optimizer.zero_grad()
@@ -177,7 +183,7 @@ def _bare_loop(folder: str) -> tuple[float, dict[str, torch.Tensor]]:
 
 
 def _loader_seconds(folder: str, num_batches: int = 500) -> float:
-    loader = iter(_data(folder, num_batches).train_dataloader())
+    loader = iter(make_data(folder, num_batches).train_dataloader())
     next(loader)
     start = time.process_time()
     count = sum(1 for _ in loader)
