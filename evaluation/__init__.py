@@ -9,8 +9,9 @@ A folder for each thing that is evaluated, with the task behind its recipe in ``
   ``templates``, ``ruler`` generators and ``metrics``) by means of ``runner``; ``harness`` (lm-eval)
 - texts: ``summarization``, ``text_generation`` (the command), with ``rouge`` and ``generation_quality``
 
-Files beside the folders are what several of them need: models (``loading``, ``model_paths``, ``model_sources``,
-``compatibility``), losses (``scoring``, ``positions``, ``position_loss``), processes and journals (``processes``,
-``gathering``, ``rank_journal``, ``cell_journal``, ``prediction_log``), files, tables and figures (``results``,
-``figures``), memory (``cache_memory``, ``peak_memory``).
+Files beside the folders are what several of them need: models (``loading``, ``weights``, ``model_paths``,
+``model_sources``, ``compatibility``), losses (``scoring``, ``positions``, ``position_loss``), processes and what they
+have finished (``processes``, ``gathering``, ``rank_journal``, ``cell_journal``, ``prediction_log``), protocols, files,
+tables and figures (``arithmetic``, ``results``, ``figures``), memory (``cache_memory``, ``peak_memory``), patches
+(``context_patch``).
 """

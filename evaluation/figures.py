@@ -34,13 +34,11 @@ def save_loss_by_position(results: Mapping[str, Reports], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def save_comparison(results: Mapping[str, Reports], path: Path, *, title: str | None = None) -> None:
+def save_comparison(results: Mapping[str, Reports], path: Path) -> None:
     """Save both panels side by side."""
     figure, (left, right) = _figure(2)
     draw_loss_by_position(left, results)
     draw_perplexity_by_length(right, results)
-    if title is not None:
-        figure.suptitle(title)
     figure.savefig(path, dpi=150)
 
 

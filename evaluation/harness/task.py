@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import torch
-
+from evaluation.arithmetic import arithmetic, versions
 from evaluation.harness.adapter import Harness, import_lm_eval, lm_eval_model
 from evaluation.model_sources import single_model
 from evaluation.processes import Process
 from evaluation.results import text_table, write_json
 from evaluation.runner.identity import describe_patch
+from evaluation.weights import Backend, Dtype, Quantization, Weights
 from patches.parallel_context import ParallelContext
-
-Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 class LmEvalTask:
@@ -31,6 +29,9 @@ class LmEvalTask:
         batch_size: requests answered together.
         query_tokens: under a patch, last tokens of a context that are the query.
         tokenizer: instead of the model folder's.
+        quantization: int8 or int4 weights.
+        quantization_backend: bitsandbytes or torchao.
+        rope: rotary positions beyond the trained length (`models.rope_scaling.scale_rope`); None: the model's own.
         dtype: of weights and arithmetic.
         device: ``auto`` (CUDA when there is one), ``cpu``, ``cuda``, ``cuda:1``.
 
@@ -51,6 +52,9 @@ class LmEvalTask:
         batch_size: int = 1,
         query_tokens: int = 64,
         tokenizer: Any = None,
+        quantization: Quantization | None = None,
+        quantization_backend: Backend = "bitsandbytes",
+        rope: Mapping[str, Any] | None = None,
         dtype: Dtype = "float32",
         device: str = "auto",
     ) -> None:
@@ -63,7 +67,9 @@ class LmEvalTask:
         self.tasks, self.patch, self.include_path = list(tasks), patch, include_path
         self.num_fewshot, self.limit = num_fewshot, limit
         self.batch_size, self.query_tokens = batch_size, query_tokens
-        self.dtype, self.device = dtype, Process.current().device(device, dtype)
+        found = Process.current().device(device, dtype)
+        self.weights = Weights(dtype, found, quantization, quantization_backend, rope)
+        self.weights.check(patch, batch_size)
 
     def run(self, output: Path) -> dict[str, Any]:
         """Evaluate; write ``metrics.json`` with lm-eval's results and the protocol; return them and a table.
@@ -101,15 +107,15 @@ class LmEvalTask:
             "num_fewshot": self.num_fewshot,
             "limit": self.limit,
             "query_tokens": self.query_tokens,
-            "dtype": self.dtype,
-            "lm_eval": getattr(lm_eval, "__version__", None),
+            **arithmetic(self.weights.device, self.weights.dtype),
+            "quantization": self.weights.quantization,
+            "rope": None if self.weights.rope is None else dict(self.weights.rope),
+            "versions": versions() | {"lm_eval": getattr(lm_eval, "__version__", None)},
         }
         metrics = {"task": "lm_eval", "protocol": protocol, "results": rows}
         write_json(output / "metrics.json", metrics)
         return metrics | {"table": text_table(rows, ("task", "metric", "value"))}
 
     def _harness(self) -> Harness:
-        model = self.model.load(dtype=getattr(torch, self.dtype), device=self.device)
-        return Harness(
-            model, self.model.tokenizer, self.patch, batch_size=self.batch_size, query_tokens=self.query_tokens
-        )
+        model, tokenizer = self.weights.load(self.model), self.model.tokenizer
+        return Harness(model, tokenizer, self.patch, batch_size=self.batch_size, query_tokens=self.query_tokens)

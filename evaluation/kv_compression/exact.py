@@ -43,6 +43,10 @@ class Rows:
     spans: Sequence[Sequence[Span]] | None
     seed: int
 
+    def __post_init__(self) -> None:
+        if self.compression.method == "sentinel" and self.sentinels is None:
+            raise ValueError("method='sentinel' needs sentinels: pass what add_sentinels returned")
+
     def batch(self, ids: Tensor, first: int) -> tuple[SpanLayout, Tensor | None]:
         """Return the layout of blocks ``[B, T]``, numbered from ``first`` on, and what scattered keeps."""
         draws = [random.Random(f"{self.seed} {first + row}") for row in range(len(ids))]
@@ -82,6 +86,8 @@ class Scoring:
     published_labels: bool
 
     def __post_init__(self) -> None:
+        if self.published_labels and self.exclude is not None:
+            raise ValueError("published_labels may ask for a sentinel: pass exclude_sentinel_logits=False")
         if self.batch_size < 1 or self.weighting not in ("token", "batch"):
             raise ValueError(
                 f"perplexity needs batch_size >= 1 and weighting token or batch, got {self.batch_size} and "
@@ -162,10 +168,6 @@ def perplexity(
     Raises:
         ValueError: options that contradict each other.
     """
-    if method == "sentinel" and sentinels is None:
-        raise ValueError("method='sentinel' needs sentinels: pass what add_sentinels returned")
-    if published_labels and exclude_sentinel_logits:
-        raise ValueError("published_labels may ask for a sentinel: pass exclude_sentinel_logits=False")
     if not len(blocks):
         raise ValueError("perplexity needs at least one block, got none")
     scoring = Scoring(batch_size, weighting, sentinels if exclude_sentinel_logits else None, published_labels)

@@ -29,13 +29,22 @@ def compression_curves(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[tupl
     return curves
 
 
-def _draw_perplexity(
-    axes: Axes, curves: Mapping[str, list[tuple[float, float, float]]], reference: Mapping[str, Any]
-) -> None:
+Curve = Sequence[tuple[float, float, float]]
+
+
+def _plot(axes: Axes, method: str, points: Curve, index: int) -> None:
+    """Draw the finite part of a curve; its name says where the rest was."""
+    finite = [point for point in points if math.isfinite(point[1])]
+    lost = ", ".join(str(point[2]) for point in points if not math.isfinite(point[1]))
+    label = f"{method} (infinite at {lost})" if lost else method
+    axes.plot([point[0] for point in finite], [point[1] for point in finite], label=label, **_look(index))
+
+
+def _draw_perplexity(axes: Axes, curves: Mapping[str, Curve], reference: Mapping[str, Any]) -> None:
     for index, (method, points) in enumerate(curves.items()):
-        axes.plot([p[0] for p in points], [p[1] for p in points], label=method, **_look(index))
+        _plot(axes, method, points, index)
         for achieved, value, nominal in points:
-            if abs(achieved - nominal) > 0.005:
+            if abs(achieved - nominal) > 0.005 and math.isfinite(value):
                 axes.annotate(f"nominal {nominal}", (achieved, value), fontsize="x-small")
     for index, (label, pairs) in enumerate(reference.items()):
         look: dict[str, Any] = {"color": COLOURS[index % len(COLOURS)], "linestyle": "--", "linewidth": 1}
@@ -44,11 +53,11 @@ def _draw_perplexity(
     axes.set_ylabel("perplexity per original token")
 
 
-def _draw_excess(axes: Axes, curves: Mapping[str, list[tuple[float, float, float]]], dense: float) -> None:
+def _draw_excess(axes: Axes, curves: Mapping[str, Curve], dense: float) -> None:
     """Draw what a method loses against the dense model: differences that vanish beside the worst method's."""
     for index, (method, points) in enumerate(curves.items()):
-        removed = [(achieved, math.log(value / dense)) for achieved, value, nominal in points if nominal]
-        axes.plot([p[0] for p in removed], [p[1] for p in removed], label=method, **_look(index))
+        removed = [(achieved, math.log(value / dense), nominal) for achieved, value, nominal in points if nominal]
+        _plot(axes, method, removed, index)
     axes.axhline(0, color="0.5", linewidth=1, linestyle=":")
     axes.set_yscale("symlog", linthresh=1e-3)
     axes.set_ylabel("loss above dense (nats, linear within 0.001)")
@@ -75,6 +84,7 @@ def save_compression_figure(
     """
     curves = compression_curves(rows)
     dense = next((points[0][1] for points in curves.values() if points[0][2] == 0), None)
+    dense = dense if dense is not None and math.isfinite(dense) else None
     figure = Figure(figsize=(7 if dense is None else 11, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, 1 if dense is None else 2, squeeze=False)[0]
@@ -113,10 +123,10 @@ def save_generation_figure(rows: Sequence[Mapping[str, Any]], folder: Path) -> N
     for axes, (name, label) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         scores = [{**row, "perplexity": row[name]} for row in rows]
         for index, (method, points) in enumerate(compression_curves(scores).items()):
-            look: dict[str, Any] = {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
-            axes.plot([p[0] for p in points], [p[1] for p in points], label=method, markersize=5, **look)
+            _plot(axes, method, points, index)
+        if axes is figure.axes[0] or not all(math.isfinite(row[name]) for row in rows):
+            axes.legend(frameon=False, fontsize="small")
         axes.set_xlabel("cache entries removed")
         axes.set_title(label, loc="left", fontsize="medium")
-    figure.axes[0].legend(frameon=False, fontsize="small")
     for ending in ("png", "svg"):
         figure.savefig(folder / f"figure.{ending}", dpi=150)

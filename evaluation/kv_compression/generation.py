@@ -6,35 +6,25 @@ it; lines that other options made are refused, not mixed.
 
 from __future__ import annotations
 
-import platform
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import transformers
 
-from evaluation.generation_quality.bert_score import BertScore
-from evaluation.generation_quality.scores import judge_perplexity, score_generations
+from evaluation.arithmetic import arithmetic, versions
+from evaluation.gathering import gather, joined, share_of
 from evaluation.kv_compression.completions import Sampling, Writer
 from evaluation.kv_compression.figure import save_generation_figure
-from evaluation.kv_compression.models import Model, Models, built, identity
+from evaluation.kv_compression.models import Models, tokenizer_of
+from evaluation.kv_compression.scorers import Scorers
 from evaluation.kv_compression.sweep import markdown_table
-from evaluation.loading import load_model, load_tokenizer, max_positions
-from evaluation.model_paths import HUB
+from evaluation.loading import max_positions
 from evaluation.prediction_log import PredictionLog
-from evaluation.results import (
-    csv_text,
-    digest,
-    git_commit,
-    json_text,
-    read_json,
-    text_table,
-    write_json,
-    write_text,
-)
-from evaluation.scoring import choose_device
+from evaluation.processes import Process
+from evaluation.results import csv_text, digest, json_text, read_json, text_table, write_json, write_text
 from patches.compressed_rows import METHODS
 from patches.sentinel.sampler import SpanSampler
 from patches.sentinel.sentinels import Sentinels
@@ -111,13 +101,19 @@ class CompressionGeneration:
             raise ValueError(f"methods are of {', '.join(METHODS[:-1])}, got {list(methods)}; dense is ratio 0")
         self.ratios, self.methods = sorted(ratios), list(methods)
         self.sampler, self.sampling = sampler or SpanSampler(), sampling or Sampling()
-        self.device, self.dtype = choose_device(device, dtype), dtype
+        self.process = Process.current()
+        self.device, self.dtype = self.process.device(device, dtype), dtype
         self.models = Models(models, sentinels=sentinels, seed=self.sampling.seed)
         self.models.check(self.plan())
-        self.tokenizer, self.make_prefixes, self.judge = tokenizer, prefixes, judge
-        self.bertscore = dict(bertscore) if bertscore else None
-        self._judging: Callable[[Sequence[str]], dict[str, Any]] | None = None
-        self._bertscore: BertScore | None = None
+        self.tokenizer, self.make_prefixes = tokenizer, prefixes
+        self.scorers = Scorers(
+            judge,
+            bertscore,
+            tokenizer=tokenizer,
+            seed=self.sampling.seed,
+            dtype=getattr(torch, dtype),
+            device=self.device,
+        )
         self.prefixes: list[tuple[str, str]] = []
 
     def plan(self) -> list[tuple[Any, float]]:
@@ -127,34 +123,45 @@ class CompressionGeneration:
             cells += [(method, ratio) for method in self.methods] if ratio else [("dense", 0.0)]
         return cells
 
-    def run(self, output: Path) -> dict[str, Any]:
+    def run(self, output: Path) -> dict[str, Any] | None:
         """Complete and score what is missing in ``output``; write table and figure; return them.
 
-        Files: ``prefixes.jsonl``, ``predictions.jsonl`` (a line per method, ratio and prefix),
-        ``cells/<method>_<ratio>.json`` (scores), ``metrics.json``, ``table.csv``, ``table.md``, ``figure.png``,
-        ``figure.svg``.
+        Files: ``prefixes.jsonl``, ``predictions.jsonl`` (a line per method, ratio and prefix; of further processes
+        ``predictions.rank<i>.jsonl`` until all are there), ``cells/<method>_<ratio>.json`` (scores), ``metrics.json``,
+        ``table.csv``, ``table.md``, ``figure.png``, ``figure.svg``. Under torchrun the processes share the prefixes,
+        and only the first writes and returns the metrics.
 
         Raises:
             ValueError: the folder holds predictions of other options, or a model cannot take the prefixes.
         """
         self.prefixes = [(str(text), str(reference)) for text, reference in self.make_prefixes()]
-        identities, log = self.models.identities(self.plan()), PredictionLog(output / "predictions.jsonl", KEYS)
-        protocol = self.protocol()
+        identities, protocol = self.models.identities(self.plan()), self.protocol()
         requests = {cell: digest(protocol | {"model": identities[f"{cell[0]} {cell[1]}"]}) for cell in self.plan()}
-        pairs = [{"example": i, "prefix": p, "reference": r} for i, (p, r) in enumerate(self.prefixes)]
-        write_text(output / "prefixes.jsonl", "".join(json_text(pair) + "\n" for pair in pairs))
-        for cell in self.plan():
-            self._complete(log, cell, requests[cell])
-        self.models.release()
-        rows = [self._scores(output / "cells", log, cell, requests[cell]) for cell in self.plan()]
-        scorers = {"judge": self.judge and identity(self.judge, self.sampling.seed), "bertscore": self.bertscore}
-        described = protocol | scorers | {"models": identities, "versions": versions()}
+        with joined(self.process):
+            self._complete(output, requests)
+            self.models.release()
+            records = read_logs(output)
+            rows = self._scores(output / "cells", records, requests)
+        if not self.process.is_first:
+            return None
+        self._keep(records, output)
+        described = protocol | self.scorers.identity | {"models": identities, "versions": versions()}
         metrics = {"task": "compression_generation", "protocol": described, "results": rows}
         write_json(output / "metrics.json", metrics)
         write_text(output / "table.csv", csv_text(rows, COLUMNS))
         write_text(output / "table.md", markdown_table(rows, SHOWN))
         save_generation_figure(rows, output)
         return metrics | {"table": text_table(rows, SHOWN)}
+
+    def _keep(self, records: Mapping[tuple[Any, ...], dict[str, Any]], output: Path) -> None:
+        """Write prefixes and predictions in their order, whoever made them; those outside of the plan come last."""
+        pairs = [{"example": i, "prefix": p, "reference": r} for i, (p, r) in enumerate(self.prefixes)]
+        write_text(output / "prefixes.jsonl", "".join(json_text(pair) + "\n" for pair in pairs))
+        planned = [(*cell, example) for cell in self.plan() for example in range(len(self.prefixes))]
+        ordered = [records[key] for key in (*planned, *(key for key in records if key not in set(planned)))]
+        write_text(output / "predictions.jsonl", "".join(json_text(record) + "\n" for record in ordered))
+        for file in output.glob("predictions.rank*.jsonl"):
+            file.unlink()
 
     def protocol(self) -> dict[str, Any]:
         """Everything that a prediction depends on besides its model."""
@@ -163,30 +170,34 @@ class CompressionGeneration:
             "num_prefixes": len(self.prefixes),
             "sampler": asdict(self.sampler) | {"compression_ratio": None},
             "sampling": asdict(self.sampling),
-            "dtype": self.dtype,
-            "device": self.device.type,
+            **arithmetic(self.device, self.dtype),
         }
 
-    def _complete(self, log: PredictionLog, cell: tuple[Any, float], request: str) -> None:
-        """Complete the prefixes that have no line yet; the model is loaded only if there are any."""
-        method, ratio = cell
-        writer = None
-        for example, (prefix, _) in enumerate(self.prefixes):
-            record = log.get(method, ratio, example)
-            if record is None:
-                writer = self._writer(cell) if writer is None else writer
-                written = writer.write(prefix, method=method, compression_ratio=ratio, example=example)
-                named = {"method": method, "nominal_ratio": ratio, "example": example, "request": request}
-                log.add(named | written)
-            elif record.get("request") != request:
-                raise ValueError(
-                    f"{log.path} holds completions by {method} at {ratio} of other options, another model or text: "
-                    "pass another output folder"
-                )
+    def _complete(self, output: Path, requests: Mapping[tuple[Any, float], str]) -> None:
+        """Complete this process's share of the prefixes that have no line yet."""
+        records, missing = read_logs(output), []
+        for cell, request in requests.items():
+            for example in range(len(self.prefixes)):
+                record = records.get((*cell, example))
+                if record is None:
+                    missing.append((cell, example))
+                elif record.get("request") != request:
+                    raise ValueError(
+                        f"{output} holds completions by {cell[0]} at {cell[1]} of other options, another model, text "
+                        "or version: pass another output folder"
+                    )
+        log, writers = own_log(output, self.process), {}
+        for cell, example in share_of(missing, self.process):
+            if cell not in writers:
+                writers = {cell: self._writer(cell)}
+            named = {"method": cell[0], "nominal_ratio": cell[1], "example": example, "request": requests[cell]}
+            prefix, options = self.prefixes[example][0], {"method": cell[0], "compression_ratio": cell[1]}
+            log.add(named | writers[cell].write(prefix, **options, example=example))
+        gather(None, self.process)
 
     def _writer(self, cell: tuple[Any, float]) -> Writer:
         model, sentinels = self.models.load(*cell, dtype=getattr(torch, self.dtype), device=self.device)
-        tokenizer = self._tokenizer(self.tokenizer or self.models.source(*cell))
+        tokenizer = tokenizer_of(self.tokenizer or self.models.source(*cell))
         limit, longest = max_positions(model.config), max(self.prefixes, key=lambda pair: len(pair[0]))[0]
         needed = len(tokenizer(longest, add_special_tokens=False).input_ids) + self.sampling.max_new_tokens
         if limit is not None and needed > limit:
@@ -196,67 +207,48 @@ class CompressionGeneration:
             )
         return Writer(model, tokenizer, sentinels, self.sampler, self.sampling)
 
-    def _tokenizer(self, source: Model) -> Any:
-        """Return the tokenizer of a folder, or what a function returns.
+    def _scores(
+        self,
+        folder: Path,
+        records: Mapping[tuple[Any, ...], dict[str, Any]],
+        requests: Mapping[tuple[Any, float], str],
+    ) -> list[dict[str, Any]]:
+        """Return the scores of all cells, from their files where they are there already."""
+        keys = {cell: digest({"request": request} | self.scorers.identity) for cell, request in requests.items()}
+        files = {cell: folder / f"{cell[0]}_{cell[1]}.json" for cell in requests}
+        missing = [cell for cell, file in files.items() if not file.is_file() or _request(file) != keys[cell]]
+        for cell in share_of(missing, self.process):
+            made = [records[*cell, example] for example in range(len(self.prefixes))]
+            write_json(files[cell], self._row(cell, made) | {"request": keys[cell]})
+        gather(None, self.process)
+        return [read_json(file) for file in files.values()]
 
-        Raises:
-            ValueError: there is none.
-        """
-        found = load_tokenizer(source.removeprefix(HUB)) if isinstance(source, str) else source()
-        if not callable(getattr(found, "batch_decode", None)):
-            raise ValueError(f"{source} has no tokenizer (tokenizer.json): name one with task.tokenizer=FOLDER")
-        return found
-
-    def _scores(self, folder: Path, log: PredictionLog, cell: tuple[Any, float], request: str) -> dict[str, Any]:
-        """Return the scores of a cell, from its file where they are there already."""
-        method, ratio = cell
-        scorers = {"judge": self.judge and identity(self.judge, self.sampling.seed), "bertscore": self.bertscore}
-        file, key = folder / f"{method}_{ratio}.json", digest({"request": request} | scorers)
-        if file.is_file() and (row := read_json(file)).get("request") == key:
-            return row
-        records = [log.records[method, ratio, example] for example in range(len(self.prefixes))]
+    def _row(self, cell: tuple[Any, float], records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Return the scores of the completions of a cell."""
         texts = [text for record in records for text in record["completions"]]
         references = [reference for _, reference in self.prefixes for _ in range(self.sampling.num_samples)]
         tokens = [count for record in records for count in record["num_tokens"]]
-        row = {"method": method, "nominal_ratio": ratio}
-        row["achieved_ratio"] = sum(record["achieved_ratio"] for record in records) / len(records)
-        row |= score_generations(texts, references, judge=self._judge(), bertscore=self._likeness())
+        row: dict[str, Any] = {"method": cell[0], "nominal_ratio": cell[1]}
+        row["achieved_ratio"] = math.fsum(record["achieved_ratio"] for record in records) / len(records)
+        row |= self.scorers.score(texts, references)
         row |= {"num_texts": len(texts), "tokens_per_text": sum(tokens) / len(tokens)}
         row["peak_entries"] = max(record["peak_entries"] for record in records)
-        row |= {name: sum(record[name] for record in records) for name in ("num_dropped", "seconds")}
-        write_json(file, row | {"request": key})
-        return row | {"request": key}
-
-    def _judge(self) -> Callable[[Sequence[str]], dict[str, Any]] | None:
-        """Return the judge, loaded when it is first asked for."""
-        if self.judge is None:
-            return None
-        if self._judging is None:
-            judge = self.judge
-            if isinstance(judge, str):
-                model = load_model(judge.removeprefix(HUB), dtype=getattr(torch, self.dtype), device=self.device)
-            else:
-                model = built(judge, self.sampling.seed).to(self.device).eval()
-            named = judge if isinstance(judge, str) else self.tokenizer
-            if named is None:
-                raise ValueError("a judge that is built needs task.tokenizer")
-            tokenizer = self._tokenizer(named)
-            self._judging = lambda texts: judge_perplexity(
-                model, [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
-            )
-        return self._judging
-
-    def _likeness(self) -> BertScore | None:
-        if self.bertscore is not None and self._bertscore is None:
-            self._bertscore = BertScore(**{"device": str(self.device)} | self.bertscore)
-        return self._bertscore
+        return row | {name: sum(record[name] for record in records) for name in ("num_dropped", "seconds")}
 
 
-def versions() -> dict[str, str | None]:
-    """Return versions of what computed."""
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "git": git_commit(),
-    }
+def own_log(output: Path, process: Process) -> PredictionLog:
+    """Return the file that a process appends to."""
+    name = "predictions.jsonl" if process.is_first else f"predictions.rank{process.rank}.jsonl"
+    return PredictionLog(output / name, KEYS)
+
+
+def read_logs(output: Path) -> dict[tuple[Any, ...], dict[str, Any]]:
+    """Return the records of all processes."""
+    records: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for file in sorted(output.glob("predictions*.jsonl")):
+        records |= PredictionLog(file, KEYS).records
+    return records
+
+
+def _request(file: Path) -> Any:
+    return read_json(file).get("request")

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from evaluation.loading import load_model
+from evaluation.loading import load_model, load_tokenizer
 from evaluation.model_paths import HUB
 from evaluation.results import digest, model_identity
 from patches.sentinel.sentinels import FILE_NAME, Sentinels, add_sentinels
@@ -115,3 +115,15 @@ def identity(source: Model, seed: int) -> str:
         return model_identity(Path(source)) if Path(source).is_dir() else source
     weights = {name: float(tensor.double().sum()) for name, tensor in built(source, seed).state_dict().items()}
     return f"built:{digest(weights)[:16]}"
+
+
+def tokenizer_of(source: Model) -> Any:
+    """Return the tokenizer of a folder, or what a function returns.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = load_tokenizer(source.removeprefix(HUB)) if isinstance(source, str) else source()
+    if not callable(getattr(found, "batch_decode", None)):
+        raise ValueError(f"{source} has no tokenizer (tokenizer.json): name one with task.tokenizer=FOLDER")
+    return found

@@ -19,7 +19,7 @@ from transformers import AutoConfig
 from evaluation.arithmetic import device_name, versions
 from evaluation.cache_memory import check_memory
 from evaluation.compatibility import TokenizedCorpus, check_length, check_tokens
-from evaluation.figures import save_loss_by_position, save_perplexity_by_length
+from evaluation.figures import save_comparison, save_loss_by_position, save_perplexity_by_length
 from evaluation.gathering import gather, joined
 from evaluation.loading import load_model
 from evaluation.model_paths import HUB, identity_of, named_models
@@ -100,7 +100,8 @@ class PerplexityTask:
         """Evaluate what is missing in ``output``; write metrics, table and figures; return the metrics and the table.
 
         Files: ``results/*.json`` (one per model and length), ``metrics.json``, ``perplexity.csv``,
-        ``predictions.jsonl`` (the sum of each window), ``perplexity_by_length.png``, ``loss_by_position.png``.
+        ``predictions.jsonl`` (the sum of each window), ``perplexity_by_length.png``, ``loss_by_position.png``, of
+        several models both in ``comparison.png``.
         Under torchrun only the first process writes and returns them.
         """
         with joined(self.process):
@@ -259,5 +260,7 @@ def _publish(metrics: dict[str, Any], output: Path) -> dict[str, Any]:
         curves[result["model"]][result["length"]] = result
     save_perplexity_by_length(curves, output / "perplexity_by_length.png")
     save_loss_by_position(curves, output / "loss_by_position.png")
+    if len(curves) > 1:
+        save_comparison(curves, output / "comparison.png")
     shown = (*SHOWN, PUBLISHED) if metrics["protocol"]["parity"] else SHOWN
     return metrics | {"table": text_table(metrics["results"], shown)}

@@ -20,8 +20,8 @@ from evaluation.runner.task_run import AnswerOptions, Scoring, TaskRun
 from evaluation.suite.column import Baseline, Column
 from evaluation.suite.report import check_sets, write_report
 from evaluation.suite.sources import Cell, Source
-from evaluation.suite.weights import Backend, Dtype, Quantization, Weights
 from evaluation.tasks.base import Example
+from evaluation.weights import Backend, Dtype, Quantization, Weights
 from patches.parallel_context import ParallelContext
 
 

@@ -92,6 +92,9 @@ def package(monkeypatch):
 
 def test_the_task_writes_what_the_package_finds(package, tokenizer, tmp_path):
     result = LmEvalTask(tiny_llama, ["mine"], limit=3, tokenizer=tokenizer, device="cpu").run(tmp_path)
+    yarn = {"rope_type": "yarn", "factor": 4.0}
+    scaled = LmEvalTask(tiny_llama, ["mine"], limit=3, tokenizer=tokenizer, device="cpu", rope=yarn).run(tmp_path)
+    assert scaled["protocol"]["rope"] == yarn and scaled["results"] != result["results"]
     assert [row["metric"] for row in result["results"]] == ["acc", "ppl"] and (tmp_path / "metrics.json").is_file()
     with pytest.raises(ValueError, match="no task other"):
         LmEvalTask(tiny_llama, ["other"], tokenizer=tokenizer, device="cpu").run(tmp_path)

@@ -11,6 +11,7 @@ from evaluation.kv_compression import models as compression_models
 from evaluation.kv_compression.completions import Sampling, WordLimit, Writer, first_words
 from evaluation.kv_compression.generation import COLUMNS, CompressionGeneration
 from evaluation.kv_compression.models import Models
+from evaluation.kv_compression.scorers import Scorers
 from evaluation.prediction_log import PredictionLog
 from patches.compressed_rows import sentinels_after
 from patches.sentinel import SpanSampler, add_sentinels
@@ -61,6 +62,18 @@ def test_files_rows_and_scorers(folder, tmp_path):
         path.name for path in tmp_path.iterdir()
     }
     assert result["protocol"]["judge"] == result["protocol"]["models"]["local 0.5"]
+
+
+def test_the_content_of_an_encoder_is_part_of_its_scores(folder, tmp_path):
+    options = {"tokenizer": None, "seed": 0, "dtype": torch.float32, "device": torch.device("cpu")}
+    encoder = LlamaForCausalLM.from_pretrained(folder)
+    found = []
+    for scale in (1.0, 2.0):
+        encoder.lm_head.weight.data *= scale
+        encoder.save_pretrained(tmp_path)
+        found.append(Scorers(None, {"encoder": str(tmp_path)}, **options).identity["bertscore"])
+    assert found[0]["encoder"] == found[1]["encoder"] and found[0]["identity"] != found[1]["identity"]
+    assert Scorers(None, {"num_layers": 3}, **options).identity["bertscore"]["identity"] == "roberta-large"
 
 
 def test_a_killed_evaluation_goes_on_and_foreign_lines_are_refused(folder, tmp_path, monkeypatch):

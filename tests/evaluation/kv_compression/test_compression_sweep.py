@@ -1,13 +1,14 @@
 """The sweep: all cells once, the dense one shared, missing ones only on resume, foreign ones refused."""
 
 import csv
+import math
 import re
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from evaluation.kv_compression.figure import compression_curves
+from evaluation.kv_compression.figure import compression_curves, save_compression_figure, save_generation_figure
 from evaluation.kv_compression.sweep import COLUMNS, CompressionSweep, markdown_table
 from patches.sentinel import Sentinels, SpanSampler
 
@@ -133,3 +134,21 @@ def test_curves_are_means_over_seeds_and_start_dense():
 def test_refusals(options, message):
     with pytest.raises(ValueError, match=message):
         sweep(FakeCells(), **options)
+
+
+@pytest.mark.parametrize("broken", ["local", "dense"])
+def test_infinite_perplexities_are_named_and_not_drawn(broken, tmp_path):
+    cells = (("dense", 0.0), ("local", 0.5), ("local", 0.9), ("sentinel", 0.5))
+    rows = [
+        {"method": method, "nominal_ratio": ratio, "achieved_ratio": ratio, "perplexity": 20.0, "rougeL": 0.5}
+        for method, ratio in cells
+    ]
+    for row in rows:
+        if row["method"] == broken and row["nominal_ratio"] in (0.0, 0.9):
+            row["perplexity"] = row["judge_perplexity_mean_text"] = math.inf
+    save_compression_figure(rows, tmp_path, reference={})
+    at = {"local": "0.9", "dense": "0.0"}[broken]
+    drawn = (tmp_path / "figure.svg").read_text()
+    assert f"local (infinite at {at})" in drawn and (broken == "dense") == ("sentinel (infinite" in drawn)
+    save_generation_figure([{"judge_perplexity_mean_text": 3.0} | row for row in rows], tmp_path)
+    assert f"local (infinite at {at})" in (tmp_path / "figure.svg").read_text()

@@ -26,7 +26,7 @@ def fixed_commit(monkeypatch):
 @pytest.fixture
 def without_figures(monkeypatch):
     """Figures take longer than everything else here."""
-    for figure in ("save_perplexity_by_length", "save_loss_by_position"):
+    for figure in ("save_perplexity_by_length", "save_loss_by_position", "save_comparison"):
         monkeypatch.setattr(perplexity_task, figure, lambda *_: None)
 
 
@@ -76,7 +76,7 @@ def test_results_equal_single_evaluations(folders, llama, stream, tmp_path):
     total = sum(w["nll_sum"] for w in windows if (w["model"], w["length"]) == ("b", 8))
     assert total == pytest.approx(stored["results"][2]["nll_sum"])
     assert result["table"].splitlines()[0].split() == list(perplexity_task.SHOWN)
-    for name in ("perplexity_by_length.png", "loss_by_position.png"):
+    for name in ("perplexity_by_length.png", "loss_by_position.png", "comparison.png"):
         assert (out / name).stat().st_size > 5000
 
 

@@ -16,7 +16,7 @@ from evaluation.suite.column import changed_patch
 from evaluation.suite.report import cost_table, score_table
 from evaluation.suite.sources import GeneratedTasks, TaskFiles, read_essay
 from evaluation.suite.task import TaskSuite
-from evaluation.suite.weights import check_quantization, quantization_config
+from evaluation.weights import check_quantization, quantization_config
 from patches.parallel_context import KeepPieces, ParallelContext
 
 PLAIN = ("longbench", "infinitebench", "helmet", "ruler", "ruler_files")

@@ -1,4 +1,4 @@
-"""The weights that a suite loads: dtype, INT8 or INT4 by one of two packages, rotary positions that are scaled."""
+"""The weights that are loaded: dtype, INT8 or INT4 by one of two packages, rotary positions that are scaled."""
 
 from __future__ import annotations
 
