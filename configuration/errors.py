@@ -11,6 +11,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 
+from preprocess.command import print_anything
+
 # Wrong input, and what the disk refuses: missing, existing or unreadable files, no space left.
 USER_ERRORS = (ValueError, OSError)
 
@@ -43,6 +45,7 @@ def exit_with_sentence(argv: Sequence[str]) -> Iterator[None]:
 
     ``--traceback`` among the arguments lets the exception through, for developers.
     """
+    print_anything()
     try:
         yield
     except (*USER_ERRORS, Stopped, KeyboardInterrupt) as error:

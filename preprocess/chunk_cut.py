@@ -16,6 +16,7 @@ from preprocess.index import check_ids
 Tail = Literal["pad", "align", "drop"]
 TAILS: tuple[str, ...] = get_args(Tail)
 MAX_VOCABULARY = 1 << 31
+MAX_LENGTH = 1 << 27
 
 
 class Chunk(NamedTuple):
@@ -101,6 +102,8 @@ def _head(bos_token_id: int | None) -> Int32Array:
 def _check(length: int, bos_token_id: int | None, *, tail: str, parity: bool) -> None:
     if length < 2:
         raise ValueError(f"length must be at least 2, got {length}: a sequence needs a token and a target")
+    if length > MAX_LENGTH:
+        raise ValueError(f"length must be at most {MAX_LENGTH}, got {length}: every sequence takes as much room")
     if bos_token_id is not None and not 0 <= bos_token_id < MAX_VOCABULARY:
         raise ValueError(f"bos_token_id must be a token id, got {bos_token_id}")
     if tail not in TAILS:

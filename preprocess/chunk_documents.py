@@ -9,6 +9,7 @@ from preprocess.chunk_cut import TAILS, Chunk, chunk_document
 from preprocess.chunk_inputs import Vocabulary, open_input
 from preprocess.chunk_job import Cut, Outcome, make_sequences
 from preprocess.command import add_reading_options, reading_options, run_command
+from preprocess.folders import output_folder, refuse_output_inside
 from preprocess.progress import TokenizeProgress
 from preprocess.tokenizers import canonical_backend, load_tokenizer, tokenizer_identity
 
@@ -54,7 +55,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--input", nargs="+", required=True, metavar="FILE", help="text, rows of ids, or a corpus split"
     )
-    parser.add_argument("--output", type=Path, required=True, help="folder to make")
+    parser.add_argument("--output", type=output_folder, required=True, help="folder to make")
     parser.add_argument("--length", type=int, required=True, help="tokens of a sequence")
     parser.add_argument("--tokenizer", help="for text: bytes, a folder, a tokenizer.json or a hub name")
     parser.add_argument("--bos-token-id", type=int, help="put this token in front of every sequence (default: none)")
@@ -78,6 +79,8 @@ def main(arguments: list[str]) -> None:
         raise ValueError(f"workers must be at least 1, got {options.workers}")
     cut = Cut(options.length, options.bos_token_id, tail=options.tail, parity=options.parity)
     vocabulary, reading = vocabulary_of(options.tokenizer), reading_options(options)
+    for name in options.input:
+        refuse_output_inside(name, options.output)
     inputs = [open_input(name, vocabulary, options=reading, num_workers=options.workers) for name in options.input]
     with TokenizeProgress(options.output.name, len(inputs)) as progress:
         outcome = make_sequences(inputs, cut, output=options.output, overwrite=options.overwrite, report=progress)

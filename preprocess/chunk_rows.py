@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import zlib
 from collections.abc import Iterator
@@ -49,9 +50,10 @@ def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
         with _open_lines(path) as file:
             for number, line in enumerate(file):
-                if line.strip():
+                content = line if number else line.removeprefix(codecs.BOM_UTF8)
+                if content.strip():
                     place = f"{path} line {number + 1}"
-                    yield place, parse_line(line, place, errors="strict")
+                    yield place, parse_line(content, place, errors="strict")
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
 

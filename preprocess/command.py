@@ -8,11 +8,12 @@ from collections.abc import Callable
 
 from preprocess.documents import DEFAULT_VALIDATION_FRACTION, SPLITS, TEXT_COLUMN, ReadOptions
 
-USER_ERRORS = (ValueError, OSError, RuntimeError)
+USER_ERRORS = (ValueError, OSError, RuntimeError, MemoryError)
 
 
 def run_command(main: Callable[[list[str]], None], arguments: list[str] | None = None) -> int:
     """Run a command; a user's error is one sentence on the error stream and status 2, an interruption 130."""
+    print_anything()
     try:
         main(sys.argv[1:] if arguments is None else arguments)
     except USER_ERRORS as error:
@@ -22,6 +23,13 @@ def run_command(main: Callable[[list[str]], None], arguments: list[str] | None =
         print("interrupted; the same command goes on where this one stopped", file=sys.stderr)
         return 130
     return 0
+
+
+def print_anything() -> None:
+    """Let the standard output show what its encoding lacks as escapes: no result is lost for a letter."""
+    reconfigure = getattr(sys.stdout, "reconfigure", None)
+    if reconfigure is not None:
+        reconfigure(errors="backslashreplace")
 
 
 def sentence(error: BaseException) -> str:

@@ -14,6 +14,7 @@ from typing import Literal
 
 from datamodules.corpus_format import META_FILE, digest
 from preprocess.documents import ReadOptions
+from preprocess.folders import refuse_output_inside
 from preprocess.job import Work, corpus_metas, tokenize, work_identity
 from preprocess.progress import TokenizeProgress
 from preprocess.sources import open_source
@@ -67,6 +68,7 @@ def ensure_corpus(
     if is_there:
         name = f"{text.name}-{digest(work_identity(work))[:12]}"
         work = replace(work, output=Path(cache) / name)
+        refuse_output_inside(path, work.output)
     _tokenize_once(work)
     return str(work.output)
 

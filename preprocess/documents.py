@@ -137,7 +137,7 @@ def split_of_name(name: str) -> str | None:
 
 def is_validation(key: str, fraction: float) -> bool:
     """Decide by hash, the same on every machine, whether a document belongs to the validation share."""
-    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") < fraction * 2**64
+    return int.from_bytes(hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()[:8], "big") < fraction * 2**64
 
 
 def matches(record: dict[str, Any], where: str) -> bool:

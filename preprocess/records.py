@@ -141,9 +141,10 @@ def parse_line(line: bytes, place: str, *, errors: str, offset: int = 0) -> dict
 
 
 def _open_lines(path: Path) -> BinaryIO:
-    if path.name.endswith(".gz"):
+    name = path.name.lower()
+    if name.endswith(".gz"):
         return io.BufferedReader(gzip.open(path, "rb"), 1 << 20)  # type: ignore[arg-type]
-    if path.name.endswith(".zst"):
+    if name.endswith(".zst"):
         return _open_zstd(path)
     return open(path, "rb", buffering=1 << 20)
 

@@ -101,18 +101,26 @@ def load_scorer(scorer: Scorer, device: torch.device) -> Any:
     """Load a model, with its adapter, for evaluation.
 
     Raises:
-        ValueError: the losses of this class cannot be had without its logits, or the adapter is no change of weights.
+        ValueError: damaged weights, losses of a class that cannot be had without its logits, or an adapter that is no
+            change of weights.
     """
+    from safetensors import SafetensorError
+
     from losses.output_head import verify_head
     from models.pretrained import load_causal_lm
 
     options = scorer.options
-    model: Any = load_causal_lm(
-        str(scorer.folder),
-        dtype=options.dtype,
-        attn_implementation=options.attention,
-        rope_theta=options.rope_theta,
-    )
+    try:
+        model: Any = load_causal_lm(
+            str(scorer.folder),
+            dtype=options.dtype,
+            attn_implementation=options.attention,
+            rope_theta=options.rope_theta,
+        )
+    except SafetensorError as error:
+        raise ValueError(
+            f"the weights of {scorer.folder} are damaged or cut off ({error}): fetch them again"
+        ) from error
     if scorer.adapter_folder is not None:
         model = _with_adapter(model, scorer.adapter_folder)
     model = model.eval().to(device)

@@ -25,11 +25,15 @@ def claim_folder(folder: Path, manifest: dict[str, Any]) -> str:
     """Write the manifest of a folder, or check that it is this one; return its SHA-256.
 
     Raises:
+        FileExistsError: the folder holds something else than scores.
         ValueError: the folder has another manifest; every key that differs is named with both values.
     """
     folder.mkdir(parents=True, exist_ok=True)
     content = canonical_json(manifest).encode()
     if not (folder / MANIFEST_FILE).exists():
+        foreign = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith((".", "shard-")))
+        if foreign and MANIFEST_FILE not in foreign:  # which another rank may have put there just now
+            raise FileExistsError(f"{folder} holds {', '.join(foreign[:3])} and no scores: choose another --output")
         temporary = _write_temporary(folder / MANIFEST_FILE, content)
         try:
             # Unlike a rename, a link never replaces what another rank has just put there.

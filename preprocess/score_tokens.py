@@ -118,8 +118,8 @@ def scorer_options(options: argparse.Namespace) -> ScorerOptions:
 
 def run_of(options: argparse.Namespace) -> Run:
     """Return this process's share; a launcher says it by ``RANK``, ``WORLD_SIZE`` and ``LOCAL_RANK``."""
-    rank = int(os.environ.get("RANK", 0)) if options.rank is None else options.rank
-    world_size = int(os.environ.get("WORLD_SIZE", 1)) if options.world_size is None else options.world_size
+    rank = _launched("RANK", 0) if options.rank is None else options.rank
+    world_size = _launched("WORLD_SIZE", 1) if options.world_size is None else options.world_size
     return Run(
         output=options.output,
         shard_size=options.shard_size,
@@ -127,9 +127,17 @@ def run_of(options: argparse.Namespace) -> Run:
         world_size=world_size,
         limit_shards=options.limit_shards,
         device=options.device,
-        local_rank=int(os.environ.get("LOCAL_RANK", rank)),
+        local_rank=_launched("LOCAL_RANK", rank),
         windows_per_forward=options.windows_per_forward,
     )
+
+
+def _launched(name: str, default: int) -> int:
+    """Return a number that a launcher has put into the environment."""
+    value = os.environ.get(name, str(default))
+    if not value.isdecimal():
+        raise ValueError(f"the environment variable {name} must be a number, got {value!r}")
+    return int(value)
 
 
 def report(output: Path, sequences: SequenceStore, *, full: bool) -> bool:

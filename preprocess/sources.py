@@ -17,6 +17,7 @@ from preprocess.documents import (
     is_validation,
     split_of_name,
 )
+from preprocess.folders import NamedFile, files_in, name_in
 from preprocess.hub import HUB_PREFIX, HubSource
 from preprocess.python_stdlib import NAME as PYTHON_STDLIB
 from preprocess.python_stdlib import StdlibSource
@@ -115,20 +116,15 @@ def _parts(path: Path, options: ReadOptions) -> list[Part]:
             raise ValueError(f"{path} is of no known kind: use one of {', '.join(KNOWN_SUFFIXES)}")
         if path.stat().st_size == 0:
             raise ValueError(f"{path} is empty: nothing to tokenise")
-        return _with_splits([(path, path.name)], options)
-    files = [file for file in path.rglob("*") if not any(p.startswith(".") for p in file.relative_to(path).parts)]
-    astray = [file for file in files if file.is_symlink() and not file.is_file()]
-    if astray:
-        raise ValueError(f"{astray[0]} is a link to a folder or to nothing, and is not followed: remove it")
-    named = [(file, file.relative_to(path).as_posix()) for file in files if file.is_file()]
-    chosen = _of_one_kind(path, sorted(named, key=lambda entry: entry[1]), suffixes=options.suffixes)
+        return _with_splits([(path, name_in(path.parent, path))], options)
+    chosen = _of_one_kind(path, files_in(path), suffixes=options.suffixes)
     if not chosen:
         wanted = options.suffixes or KNOWN_SUFFIXES
         raise ValueError(f"{path} holds no file to read: looked for {', '.join(wanted)}")
     return _with_splits(chosen, options)
 
 
-def _of_one_kind(path: Path, files: list[tuple[Path, str]], *, suffixes: tuple[str, ...]) -> list[tuple[Path, str]]:
+def _of_one_kind(path: Path, files: list[NamedFile], *, suffixes: tuple[str, ...]) -> list[NamedFile]:
     """Keep the files asked for; else the data files, whose readme and licence are not text to train on; else text."""
     if suffixes:
         return [entry for entry in files if entry[1].lower().endswith(tuple(suffix.lower() for suffix in suffixes))]
@@ -141,18 +137,18 @@ def _of_one_kind(path: Path, files: list[tuple[Path, str]], *, suffixes: tuple[s
     return data + lines if data else texts or lines
 
 
-def _with_splits(files: list[tuple[Path, str]], options: ReadOptions) -> list[Part]:
+def _with_splits(files: list[NamedFile], options: ReadOptions) -> list[Part]:
     """Give every file its split: by name where names say; held-out documents come out of the training files."""
     named = {name: split_of_name(name) for _, name in files}
     splits: dict[str, str | None] = {name: split or TRAIN for name, split in named.items()}
     if VALIDATION not in named.values() and TRAIN in splits.values() and options.validation_fraction > 0:
         whole_files = all(suffix_of(file) in TEXT_SUFFIXES for file, _ in files)
         training = [name for name, split in splits.items() if split == TRAIN]
-        if whole_files and len(training) > 1:
+        if not whole_files:
+            splits |= dict.fromkeys(training)
+        elif len(training) > 1:  # a single document is there to train on
             held_out = _held_out(training, options.validation_fraction)
             splits |= {name: VALIDATION if name in held_out else TRAIN for name in training}
-        else:
-            splits |= dict.fromkeys(training)
     parts = [Part(file, name, splits[name]) for file, name in sorted(files, key=lambda entry: entry[1])]
     return [part for part in parts if part.split is None or not options.splits or part.split in options.splits]
 

@@ -9,6 +9,7 @@ from typing import Any
 from datamodules.corpus import open_split
 from preprocess.command import run_command
 from preprocess.documents import SPLITS, TRAIN, VALIDATION
+from preprocess.folders import output_folder
 from preprocess.progress import TokenizeProgress
 from preprocess.score_model import DTYPES, ScorerOptions, find_scorer
 from preprocess.span_score_job import SpanScoring, score_spans
@@ -32,7 +33,7 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("corpus", type=Path, help="corpus folder")
-    parser.add_argument("--output", type=Path, required=True, help="folder to make")
+    parser.add_argument("--output", type=output_folder, required=True, help="folder to make")
     parser.add_argument(
         "--split", nargs="+", default=(TRAIN, VALIDATION), choices=SPLITS, help="default: train validation"
     )

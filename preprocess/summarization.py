@@ -13,6 +13,7 @@ from pathlib import Path
 from datamodules.summary_store import SummaryStore, open_summaries, summary_splits
 from preprocess.command import run_command
 from preprocess.corpora import held_lock
+from preprocess.folders import output_folder, refuse_output_inside
 from preprocess.progress import TokenizeProgress
 from preprocess.summary_job import SummaryOutcome, SummaryWork, make_summaries, work_identity
 from preprocess.summary_sources import Columns, open_pairs
@@ -81,6 +82,7 @@ def ensure_summaries(
         if path.exists():
             name = f"{given.name}-{work_identity(work, load_tokenizer(tokenizer))[:12]}"
             work = replace(work, output=Path(cache) / name)
+            refuse_output_inside(path, work.output)
         with TokenizeProgress(given.name, 1) as progress:
             make_summaries(work, progress)
     return str(work.output)
@@ -127,7 +129,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("source", help="file or folder of pairs, hub:NAME[:config] or python_stdlib")
     parser.add_argument("--tokenizer", required=True, help="that of the model: bytes, a folder, a file or a hub name")
-    parser.add_argument("--output", type=Path, required=True, help="folder to make")
+    parser.add_argument("--output", type=output_folder, required=True, help="folder to make")
     parser.add_argument("--document-column", help="column of the documents (default: document or article)")
     parser.add_argument("--summary-column", help="column of the summaries (default: summary or highlights)")
     parser.add_argument("--max-summary-tokens", type=int, help="refuse longer summaries, their end counted")
@@ -145,6 +147,7 @@ def make_parser() -> argparse.ArgumentParser:
 def main(arguments: list[str]) -> None:
     """Make the stores."""
     options = make_parser().parse_args(arguments)
+    refuse_output_inside(options.source, options.output)
     columns = Columns(options.document_column, options.summary_column)
     work = SummaryWork(
         open_pairs(options.source, columns, limit=options.limit_pairs),

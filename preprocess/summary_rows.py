@@ -78,7 +78,9 @@ def _csv(path: Path) -> Iterator[Row]:
     csv.field_size_limit(1 << 30)
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     try:
-        header = next(reader)
+        header = next(reader, [])
+        if len(set(header)) < len(header):
+            raise ValueError(f"{path} names a column twice: {', '.join(header)}")
         for row in reader:
             place = f"{path} line {reader.line_num}"
             if not row:

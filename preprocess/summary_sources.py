@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, Protocol
 
 from datamodules.corpus_format import digest, file_sha256
 from preprocess.documents import SPLITS, TEST, TRAIN, VALIDATION, ReadOptions, is_validation, split_of_name
+from preprocess.folders import NamedFile, files_in, name_in
 from preprocess.hub import HUB_PREFIX, HubSource
 from preprocess.python_stdlib import NAME as PYTHON_STDLIB
 from preprocess.python_stdlib import StdlibSource
@@ -53,6 +54,10 @@ class Columns:
     document: str | None = None
     summary: str | None = None
 
+    def __post_init__(self) -> None:
+        if self.document is not None and self.document == self.summary:
+            raise ValueError(f"document and summary are different columns, got {self.document} for both")
+
     def take(self, record: dict[str, Any], place: str) -> tuple[str, str]:
         """Return document and summary of a row.
 
@@ -70,8 +75,21 @@ class Columns:
                 raise ValueError(f"{place} has no {wanted}: name its {role}_column (--{role}-column) among {choices}")
             if not isinstance(record[name], str | None):
                 raise ValueError(f"{place}: column {name} holds {type(record[name]).__name__}, not text")
-            texts.append(record[name] or "")
+            texts.append(_encodable(record[name] or "", f"{place}: column {name}"))
         return texts[0], texts[1]
+
+
+def _encodable(text: str, place: str) -> str:
+    """Return a text that UTF-8 can hold; JSON can name halves of surrogate pairs, which it cannot.
+
+    Raises:
+        ValueError: it cannot; names the place.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{place} holds half a surrogate pair at {error.start}: mend it") from error
+    return text
 
 
 class PairSource(Protocol):
@@ -93,7 +111,7 @@ class FilePairs:
         if not path.exists():
             raise FileNotFoundError(f"no pairs at {path}: give a file, a folder, {HUB_PREFIX}NAME or {PYTHON_STDLIB}")
         self.name, self.columns = path.name.split(".")[0] or "summaries", columns
-        self.files = [(path, path.name)] if path.is_file() else _data_files(path)
+        self.files = [(path, name_in(path.parent, path))] if path.is_file() else _data_files(path)
 
     def describe(self) -> dict[str, Any]:
         """Digest of names and content of all files, and the columns."""
@@ -229,11 +247,10 @@ def _pairs(records: Iterator[Row], split: str, columns: Columns, *, share: float
         yield Pair(document, summary, VALIDATION if held_out else split, str(name), place)
 
 
-def _data_files(path: Path) -> list[tuple[Path, str]]:
+def _data_files(path: Path) -> list[NamedFile]:
     """Return the files of the first kind that a folder holds, with their names in it."""
-    files = [file for file in path.rglob("*") if file.is_file() and not file.name.startswith(".")]
+    files = files_in(path)
     for suffix in ROW_SUFFIXES:
-        chosen = [(file, file.relative_to(path).as_posix()) for file in files if row_suffix(file) == suffix]
-        if chosen:
-            return sorted(chosen, key=lambda entry: entry[1])
+        if chosen := [(file, name) for file, name in files if row_suffix(file) == suffix]:
+            return chosen
     raise ValueError(f"{path} holds no file to read: looked for {', '.join(ROW_SUFFIXES)}")

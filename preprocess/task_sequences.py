@@ -25,6 +25,7 @@ from preprocess.chunk_cut import Chunk
 from preprocess.chunk_store import SequenceWriter
 from preprocess.command import run_command
 from preprocess.disk import full_disk_named
+from preprocess.folders import output_folder
 from preprocess.index import is_taken, move_into_place
 from preprocess.journal import WorkFolder
 from preprocess.tokenizers import load_tokenizer, save_tokenizer, tokenizer_identity
@@ -147,7 +148,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--essay", help="file with the text that hides needles")
     parser.add_argument("--loss", choices=get_args(LossOn), default="answer", help="targets that count")
     parser.add_argument("--seed", type=int, default=0, help="of all draws (default: 0)")
-    parser.add_argument("--output", type=Path, required=True, help="folder to make")
+    parser.add_argument("--output", type=output_folder, required=True, help="folder to make")
     options = parser.parse_args(arguments)
     wanted = TaskSet(
         tuple(options.tasks), options.length, options.count, options.seed, essay=options.essay, loss_on=options.loss

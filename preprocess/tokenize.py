@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 
 from preprocess.command import add_reading_options, reading_options, run_command
-from preprocess.documents import VALIDATION, Source
+from preprocess.documents import TRAIN, VALIDATION, Source
+from preprocess.folders import output_folder, refuse_output_inside
 from preprocess.job import Outcome, Work, tokenize
 from preprocess.progress import TokenizeProgress
 from preprocess.sources import open_source
@@ -30,7 +31,7 @@ def add_work_options(parser: argparse.ArgumentParser, *, tokenizer: str | None =
         default=tokenizer,
         help="bytes, bpe:SIZE (trained on the training split first), a folder, a tokenizer.json or a hub name",
     )
-    parser.add_argument("--output", type=Path, required=True, help="corpus folder to make")
+    parser.add_argument("--output", type=output_folder, required=True, help="corpus folder to make")
     parser.add_argument(
         "--workers", type=int, default=1, help="encoding processes (default: 1); the result is the same"
     )
@@ -42,6 +43,7 @@ def add_work_options(parser: argparse.ArgumentParser, *, tokenizer: str | None =
 
 def run_work(source: Source, options: argparse.Namespace) -> None:
     """Tokenise a source as the options say, and print what came of it."""
+    refuse_output_inside(options.source, options.output)
     work = Work(
         source=source,
         tokenizer=options.tokenizer,
@@ -61,7 +63,7 @@ def summary(output: Path, outcome: Outcome) -> str:
     notes = ["already there, nothing to do"] if outcome.was_there else []
     notes += [f"continued after {outcome.resumed_at:,} documents"] if outcome.resumed_at else []
     notes += [f"{outcome.skipped:,} empty documents left out"] if outcome.skipped else []
-    notes += ["no validation split"] if VALIDATION not in outcome.metas else []
+    notes += [f"no {split} split" for split in (TRAIN, VALIDATION) if split not in outcome.metas]
     lines = [f"{output}: {'; '.join(notes) or 'done'}"]
     for split, meta in outcome.metas.items():
         counts = f"{meta['num_documents']:,} documents, {meta['num_tokens']:,} tokens ({meta['dtype']})"

@@ -13,6 +13,7 @@ from pathlib import Path
 from preprocess.command import add_reading_options, reading_options, run_command
 from preprocess.disk import full_disk_named
 from preprocess.documents import TRAIN
+from preprocess.folders import output_folder, refuse_output_inside
 from preprocess.index import is_taken, move_into_place, refuse_foreign
 from preprocess.sources import open_source
 from preprocess.tokenizers import save_tokenizer, tokenizer_identity
@@ -46,7 +47,7 @@ def main(arguments: list[str]) -> None:
     )
     parser.add_argument("source", help="folder, file, hub:NAME[:config] or python_stdlib")
     parser.add_argument("--vocab-size", type=int, required=True, help="entries of the vocabulary")
-    parser.add_argument("--output", type=Path, required=True, help="tokenizer folder to make")
+    parser.add_argument("--output", type=output_folder, required=True, help="tokenizer folder to make")
     parser.add_argument("--limit-bytes", type=int, help="stop reading after so many bytes of text")
     parser.add_argument("--overwrite", action="store_true", help="replace what is at --output")
     add_reading_options(parser)
@@ -57,6 +58,7 @@ def main(arguments: list[str]) -> None:
         if not options.overwrite:
             raise FileExistsError(f"{options.output} exists: choose another --output or use --overwrite")
         refuse_foreign(options.output, TOKENIZER_FILES)
+    refuse_output_inside(options.source, options.output)
     tokenizer = train_bpe(training_texts(options.source, options), vocab_size=options.vocab_size)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     partial = options.output.with_name(f".{options.output.name}.partial")
