@@ -9,7 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 
 from benchmarks.registry import Row, case
-from benchmarks.training import BATCH, LENGTH, STEPS, make_data, make_module, quiet, write_corpus
+from benchmarks.training import BATCH, LENGTH, STEPS, TRAINING_ALONE, make_data, make_module, quiet, write_corpus
 
 # Largest relative difference of two losses of a few bf16 steps.
 ALLOWED = 1e-2
@@ -28,16 +28,8 @@ class _Losses(pl.Callback):
 
 def _train(folder: str, options: dict[str, Any]) -> list[float]:
     losses = _Losses()
-    trainer = pl.Trainer(
-        **{"devices": 1, "max_steps": STEPS, "max_epochs": -1, "gradient_clip_val": 1.0} | options,
-        logger=False,
-        limit_val_batches=0,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        callbacks=[losses],
-    )
+    alone = TRAINING_ALONE | {"devices": 1, "max_steps": STEPS, "gradient_clip_val": 1.0, "logger": False}
+    trainer = pl.Trainer(**(alone | options), callbacks=[losses])
     trainer.fit(make_module(), datamodule=make_data(folder))
     return losses.values
 

@@ -28,6 +28,15 @@ from preprocess.index import CorpusWriter
 
 VOCAB, WIDTH, LAYERS, TEXT_IDS = 264, 128, 2, 256
 STEPS, LENGTH, BATCH, TURNS = 5, 1024, 2, 5
+# Options of a Trainer that does nothing but train.
+TRAINING_ALONE: dict[str, Any] = {
+    "max_epochs": -1,
+    "limit_val_batches": 0,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "use_distributed_sampler": False,
+}
 
 
 def _drt(**changes: Any) -> DRTForCausalLM:
@@ -148,17 +157,12 @@ def _trainer_loop(folder: str) -> tuple[float, dict[str, torch.Tensor]]:
     watch, module = Stopwatch(), make_module()
     trainer = pl.Trainer(
         max_steps=STEPS,
-        max_epochs=-1,
         accelerator="cpu",
         gradient_clip_val=1.0,
         log_every_n_steps=2,
         logger=TensorBoardLogger(folder),
-        limit_val_batches=0,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
         callbacks=[LossLog(f"{folder}/train.jsonl"), Throughput(), NaNGuard(), watch],
+        **TRAINING_ALONE,
     )
     trainer.fit(module, datamodule=make_data(folder))
     return (watch.end - watch.start) / (STEPS - 1), dict(module.model.named_parameters())

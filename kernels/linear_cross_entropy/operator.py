@@ -86,20 +86,10 @@ def token_nll_operator(
 
 
 @token_nll_operator.register_fake
-def _fake(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    chunk_size: int,
-    softcap: float | None,
-    dtype: torch.dtype,
-    keep_rows: bool,
-    fused: bool,
-) -> tuple[Tensor, ...]:
-    acc = torch.promote_types(dtype, torch.float32)
-    shapes = (targets.shape, targets.shape, hidden.shape if keep_rows else (0,))
-    return tuple(hidden.new_empty(shape, dtype=acc) for shape in shapes)
+def _fake(hidden: Tensor, _weight: Tensor, _bias: Tensor | None, targets: Tensor, *options: Any) -> tuple[Tensor, ...]:
+    chosen = Options(*options)
+    shapes = (targets.shape, targets.shape, hidden.shape if chosen.keep_rows else (0,))
+    return tuple(hidden.new_empty(shape, dtype=chosen.acc) for shape in shapes)
 
 
 @torch.library.custom_op("longhaul::token_nll_backward", mutates_args=())
@@ -126,13 +116,7 @@ def token_nll_backward_operator(
 
 @token_nll_backward_operator.register_fake
 def _fake_backward(
-    tensors: Sequence[Tensor | None],
-    grad_nll: Tensor,
-    wanted: Sequence[bool],
-    chunk_size: int,
-    softcap: float | None,
-    dtype: torch.dtype,
-    fused: bool,
+    tensors: Sequence[Tensor | None], _grad_nll: Tensor, wanted: Sequence[bool], *_options: Any
 ) -> list[Tensor]:
     chosen = (x for x, want in zip(tensors, wanted, strict=False) if x is not None and want)
     return [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in chosen]

@@ -1,11 +1,29 @@
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
 
-FIXTURES = Path(__file__).parents[1] / "fixtures" / "gca"
+ROOT = Path(__file__).parents[2]
+FIXTURES = ROOT / "tests" / "fixtures" / "gca"
+
+
+@pytest.fixture
+def run_program(tmp_path):
+    """Run Python in a process, with or without Triton's interpreter, which must be chosen before Triton is imported."""
+
+    def run(*arguments, interpret):
+        env = os.environ | {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+        env |= {"TRITON_INTERPRET": "1"} if interpret else {}
+        command = [sys.executable, *map(str, arguments)]
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+    return run
 
 
 @pytest.fixture

@@ -1,47 +1,34 @@
 """The Triton kernels: numbers in Triton's interpreter (its own processes), compiled code without a device, CUDA."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
-ROOT = Path(__file__).parents[2]
 CHECKS = Path(__file__).parent / "triton_checks.py"
-
-
-def run(*arguments, interpret, folder):
-    env = os.environ | {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(folder), "OMP_NUM_THREADS": "1"}
-    env |= {"TRITON_INTERPRET": "1"} if interpret else {}
-    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-
-
 GROUPS = ["fixtures", "shapes", "descriptors", "far", "reverse", "slices pieces", "poison", "operator", "memory"]
 
 
 @pytest.mark.parametrize("check", GROUPS)
-def test_in_the_interpreter(check, tmp_path):
+def test_in_the_interpreter(run_program, check):
     """The interpreter must be chosen before Triton is imported: each group of checks is a process."""
-    run(str(CHECKS), *check.split(), interpret=True, folder=tmp_path)
+    run_program(CHECKS, *check.split(), interpret=True)
 
 
-def test_compiles_without_spills(tmp_path):
-    run("-m", "benchmarks.compile_triton", "--quick", interpret=False, folder=tmp_path)
+def test_compiles_without_spills(run_program):
+    run_program("-m", "benchmarks.compile_triton", "--quick", interpret=False)
 
 
 @pytest.mark.slow
-def test_every_configuration_compiles_without_spills(tmp_path):
+def test_every_configuration_compiles_without_spills(run_program):
     """Every kernel and tile choice, sm_80 and sm_90: no spills, tensor cores used, shared memory within limits."""
     code = (
         "from benchmarks.compile_triton import problem_of, report\n"
         "bad = [row for row in report(quick=False) if problem_of(row)]\n"
         "assert not bad, bad"
     )
-    run("-c", code, interpret=False, folder=tmp_path)
+    run_program("-c", code, interpret=False)
 
 
 def test_refuses_what_it_cannot_run(gca_inputs, run_gca):

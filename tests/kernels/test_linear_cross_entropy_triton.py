@@ -1,8 +1,5 @@
 """The per-token loss beyond plain PyTorch on a CPU: Triton's interpreter, compiled kernels without a device, CUDA."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,21 +8,13 @@ import torch
 from kernels.linear_cross_entropy import token_nll
 
 pytest.importorskip("triton")
-ROOT = Path(__file__).parents[2]
 CHECKS = Path(__file__).parent / "linear_cross_entropy_checks.py"
 
 
-def run(*arguments, interpret, folder):
-    env = os.environ | {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(folder), "OMP_NUM_THREADS": "1"}
-    env |= {"TRITON_INTERPRET": "1"} if interpret else {}
-    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-
-
 @pytest.mark.parametrize("check", ["numbers", "operands"])
-def test_in_the_interpreter(check, tmp_path):
+def test_in_the_interpreter(run_program, check):
     """The interpreter must be chosen before Triton is imported: each check is a process."""
-    run(str(CHECKS), check, interpret=True, folder=tmp_path)
+    run_program(CHECKS, check, interpret=True)
 
 
 def compile_code(selection):
@@ -36,13 +25,13 @@ def compile_code(selection):
     )
 
 
-def test_compiles_without_spills(tmp_path):
-    run("-c", compile_code("[4095], every_option=False"), interpret=False, folder=tmp_path)
+def test_compiles_without_spills(run_program):
+    run_program("-c", compile_code("[4095], every_option=False"), interpret=False)
 
 
 @pytest.mark.slow
-def test_every_variant_compiles_without_spills(tmp_path):
-    run("-c", compile_code(""), interpret=False, folder=tmp_path)
+def test_every_variant_compiles_without_spills(run_program):
+    run_program("-c", compile_code(""), interpret=False)
 
 
 def inputs(N, M, V, dtype, bias=False):

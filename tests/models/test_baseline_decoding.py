@@ -2,21 +2,17 @@
 
 import pytest
 import torch
+from decoding_cases import LEFT, LENGTH, MASKS, check_pieces, decode
 from model_cases import BASELINES, SMALL_MODELS, small_block_recurrent, small_landmark, small_rpt, token_ids
 
 from models.row_cache import appended
 
-LENGTH = 47
 PIECES = {
     "tokens": [1] * LENGTH,
     "ragged": [3, 4, 17, 1, 1, 5, 6, 10],
     "segments": [13, 34],
     "blocks": [6] * 7 + [5],
 }
-# Rows start at columns 0, 4 and 13; in "both", row 1 also ends early.
-LEFT = (torch.arange(LENGTH) >= torch.tensor([[0], [4], [13]])).long()
-BOTH = LEFT * (torch.arange(LENGTH) < torch.tensor([[LENGTH], [LENGTH - 6], [LENGTH]]))
-MASKS = {"none": None, "left": LEFT, "both": BOTH}
 
 
 @pytest.fixture(scope="module", params=BASELINES)
@@ -24,25 +20,8 @@ def model(request):
     return SMALL_MODELS[request.param]()
 
 
-@torch.no_grad()
-def decode(model, cache, ids, pieces, mask):
-    outputs, start = [], 0
-    for length in pieces:
-        seen = None if mask is None else mask[:, : start + length]
-        outputs.append(model(ids[:, start : start + length], attention_mask=seen, past_key_values=cache).logits)
-        start += length
-    return torch.cat(outputs, dim=1)
-
-
 def check(model, pieces, mask, tolerance=1e-4):
-    ids, cache = token_ids(3, LENGTH), model.new_cache()
-    with torch.no_grad():
-        expected = model(ids, attention_mask=mask, use_cache=False).logits
-    decoded = decode(model, cache, ids, pieces, mask)
-    valid = slice(None) if mask is None else mask.bool()
-    torch.testing.assert_close(decoded[valid], expected[valid], atol=tolerance, rtol=0)
-    assert cache.get_seq_length() == LENGTH
-    assert torch.isfinite(decoded).all()
+    check_pieces(model, model.new_cache(), pieces, mask, tolerance)
 
 
 @pytest.mark.parametrize("mask", MASKS)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from decoding_cases import LEFT, LENGTH, MASKS, check_pieces, decode
 from model_cases import drt_config, small_drt, small_window_lm, token_ids
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -9,7 +10,6 @@ from models.drt import DRTCache
 from models.sliding_window_lm import SlidingWindowCache
 from models.window_cache import WindowRing
 
-LENGTH = 47
 PIECES = {
     "tokens": [1] * LENGTH,
     "whole": [LENGTH],
@@ -18,10 +18,6 @@ PIECES = {
     "chunks": [5] * 9 + [2],
     "across": [6, 1] * 6 + [5],
 }
-# Rows start at columns 0, 4 and 13; in "both", row 1 also ends early.
-LEFT = (torch.arange(LENGTH) >= torch.tensor([[0], [4], [13]])).long()
-BOTH = LEFT * (torch.arange(LENGTH) < torch.tensor([[LENGTH], [LENGTH - 6], [LENGTH]]))
-MASKS = {"none": None, "left": LEFT, "both": BOTH}
 
 
 @pytest.fixture(scope="module")
@@ -34,43 +30,23 @@ def window_lm():
     return small_window_lm()
 
 
-@torch.no_grad()
-def _decode(model, cache, ids, pieces, mask):
-    outputs, start = [], 0
-    for length in pieces:
-        seen = None if mask is None else mask[:, : start + length]
-        outputs.append(model(ids[:, start : start + length], attention_mask=seen, past_key_values=cache).logits)
-        start += length
-    return torch.cat(outputs, dim=1)
-
-
-def _check(model, cache, pieces, mask, tolerance=1e-4):
-    ids = token_ids(3, LENGTH)
-    with torch.no_grad():
-        expected = model(ids, attention_mask=mask, use_cache=False).logits
-    decoded = _decode(model, cache, ids, pieces, mask)
-    valid = slice(None) if mask is None else mask.bool()
-    torch.testing.assert_close(decoded[valid], expected[valid], atol=tolerance, rtol=0)
-    assert cache.get_seq_length() == LENGTH
-
-
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("pieces", PIECES)
 def test_drt_pieces_equal_one_forward(drt, pieces, mask):
-    _check(drt, DRTCache(drt.config), PIECES[pieces], MASKS[mask])
+    check_pieces(drt, DRTCache(drt.config), PIECES[pieces], MASKS[mask])
 
 
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("pieces", PIECES)
 def test_window_lm_pieces_equal_one_forward(window_lm, pieces, mask):
-    _check(window_lm, SlidingWindowCache(window_lm.config), PIECES[pieces], MASKS[mask])
+    check_pieces(window_lm, SlidingWindowCache(window_lm.config), PIECES[pieces], MASKS[mask])
 
 
 @pytest.mark.parametrize("sizes", [{"chunk_size": 1}, {"window_size": 1}, {"chunk_size": 16}, {"chunk_top_k": 20}])
 def test_drt_pieces_at_extreme_sizes(sizes):
     model = small_drt(**sizes)
     for mask in (None, LEFT):
-        _check(model, DRTCache(model.config), [1, 1, 1, 9, 1, 1, 14, 1, 18], mask)
+        check_pieces(model, DRTCache(model.config), [1, 1, 1, 9, 1, 1, 14, 1, 18], mask)
 
 
 @pytest.mark.parametrize("mask", MASKS)
@@ -79,7 +55,7 @@ def test_pieces_are_exact_in_float64(mask):
     for model, cache_class in ((small_drt(), DRTCache), (small_window_lm(), SlidingWindowCache)):
         model.double()
         for pieces in ([1] * LENGTH, [3, 4, 17, 1, 1, 5, 6, 10]):
-            _check(model, cache_class(model.config), pieces, MASKS[mask], tolerance=1e-11)
+            check_pieces(model, cache_class(model.config), pieces, MASKS[mask], tolerance=1e-11)
 
 
 @pytest.mark.parametrize("mask", ["none", "left"])
@@ -87,19 +63,19 @@ def test_pieces_are_exact_in_float64(mask):
 def test_offload_changes_no_bit(drt, pieces, mask):
     ids = token_ids(3, LENGTH)
     on_device, offloaded = DRTCache(drt.config), DRTCache(drt.config, offload=True)
-    expected = _decode(drt, on_device, ids, PIECES[pieces], MASKS[mask])
-    assert torch.equal(_decode(drt, offloaded, ids, PIECES[pieces], MASKS[mask]), expected)
+    expected = decode(drt, on_device, ids, PIECES[pieces], MASKS[mask])
+    assert torch.equal(decode(drt, offloaded, ids, PIECES[pieces], MASKS[mask]), expected)
     assert on_device.fetch_count == 0 < offloaded.fetch_count
 
 
 def test_one_fetch_per_group_and_retrieving_call(drt):
     ids = token_ids(2, LENGTH)
     cache = DRTCache(drt.config, offload=True)
-    _decode(drt, cache, ids, PIECES["tokens"], None)
+    decode(drt, cache, ids, PIECES["tokens"], None)
     # Nine chunks are completed; the first has nothing to retrieve.
     assert cache.fetch_count == 2 * 8
     cache = DRTCache(drt.config, offload=True)
-    _decode(drt, cache, ids, [23, 2, 15, 7], None)
+    decode(drt, cache, ids, [23, 2, 15, 7], None)
     # The second call completes the fifth chunk, so every call retrieves.
     assert cache.fetch_count == 2 * 4
 
@@ -107,10 +83,10 @@ def test_one_fetch_per_group_and_retrieving_call(drt):
 def test_cache_sizes(drt):
     config, ids = drt.config, token_ids(2, 400)
     cache = DRTCache(config)
-    _decode(drt, cache, ids[:, :50], [50], None)
+    decode(drt, cache, ids[:, :50], [50], None)
     window = cache.nbytes("window")
     assert window == 2 * 4 * config.num_hidden_layers * 2 * (config.window_size - 1) * 2 * config.head_dim
-    _decode(drt, cache, ids[:, 50:], [1] * 13 + [87] + [125] * 2, None)
+    decode(drt, cache, ids[:, 50:], [1] * 13 + [87] + [125] * 2, None)
     assert cache.get_seq_length() == 400
     assert cache.nbytes("window") == window
     chunk = 2 * 4 * 2 * config.chunk_size * config.chunk_num_key_value_heads * config.head_dim
@@ -124,16 +100,16 @@ def test_cache_sizes(drt):
 def test_window_cache_is_constant(window_lm):
     cache = SlidingWindowCache(window_lm.config)
     ids = token_ids(2, 60)
-    _decode(window_lm, cache, ids[:, :5], [5], None)
+    decode(window_lm, cache, ids[:, :5], [5], None)
     held = cache.nbytes()
-    _decode(window_lm, cache, ids[:, 5:], [1] * 15 + [40], None)
+    decode(window_lm, cache, ids[:, 5:], [1] * 15 + [40], None)
     assert cache.nbytes() == held == 2 * 4 * 2 * 2 * 8 * 2 * 8
 
 
 def test_rows_of_a_cache_can_be_chosen(drt, window_lm):
     for model, cache in ((drt, DRTCache(drt.config)), (window_lm, SlidingWindowCache(window_lm.config))):
         ids = token_ids(3, LENGTH)
-        _decode(model, cache, ids[:, :20], [17, 1, 1, 1], LEFT[:, :20])
+        decode(model, cache, ids[:, :20], [17, 1, 1, 1], LEFT[:, :20])
         order = torch.tensor([2, 2, 0])
         cache.reorder_cache(order)
         rows, mask = ids[order], LEFT[order]
