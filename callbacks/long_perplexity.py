@@ -17,6 +17,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
+from evaluation.equal_calls import EqualCalls
 from evaluation.loading import load_model
 from evaluation.long_ppl import full_context_nll, key_tokens, long_ppl_sums, short_context_nll
 from evaluation.position_loss import bucket_nll
@@ -117,7 +118,11 @@ class LongPerplexity(pl.Callback):
         if self.evaluator is not None:
             model = self._load(pl_module.device)
             nll = full_context_nll(model, input_ids)
-        short = short_context_nll(model, input_ids, context_length=self.context_length, stride=self.stride, valid=valid)
+        windows = {"context_length": self.context_length, "stride": self.stride}
+        # Each process has all of an evaluator; which windows are scored depends on the rows of a rank.
+        with EqualCalls(pl_module.trainer.strategy if self.evaluator is None else None, model) as calls:
+            short = short_context_nll(model, input_ids, **windows, valid=valid)
+            calls.meet()
         return key_tokens(nll, short, alpha=self.alpha, beta=self.beta)
 
     def _load(self, device: torch.device) -> Any:

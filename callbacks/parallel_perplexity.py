@@ -19,7 +19,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from callbacks.equal_calls import EqualCalls
+from evaluation.equal_calls import EqualCalls
 from evaluation.loading import load_tokenizer
 from evaluation.parallel_context.tails import TailCut, score_tails
 from evaluation.scoring import perplexity_of

@@ -1,4 +1,9 @@
-"""Ranks that share the weights of a model run its parts equally often, whatever their rows look like."""
+"""Ranks that share the weights of a model run its parts equally often, whatever their rows look like.
+
+Notable: a part whose weights lie in slices on all ranks is gathered by all of them together when it is called. A rank
+that went elsewhere meanwhile would leave the others waiting, so it is not enough to count calls and make up for them
+afterwards: before every call the ranks agree on which part comes next.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +12,12 @@ from typing import Any
 import torch
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
 from torch import nn
+from transformers import PreTrainedModel
 
-from losses.output_head import evaluation_mode
-from patches.parallel_context.families import causal_lm, text_config
+from losses.output_head import causal_lm_of, evaluation_mode
+
+# In the order in which ranks with different wishes take them.
+_DECODER, _HEAD, _NOTHING = 0, 1, 2
 
 
 def shares_weights(strategy: Strategy | None) -> bool:
@@ -19,30 +27,35 @@ def shares_weights(strategy: Strategy | None) -> bool:
 
 
 class EqualCalls:
-    """Count the calls of decoder and head while inside; `meet` lets ranks that had fewer make up for them.
+    """While inside, no rank calls decoder or head alone; `meet` lets ranks that have no more calls wait for the others.
 
-    Rows of other lengths make other numbers of micro-batches, and a rank without its share of calls would leave the
-    others waiting. Where every rank holds all weights nothing is counted.
+    A rank without a use for the call that comes next makes one on a single token. Rows of other lengths make other
+    numbers of calls. Where every rank holds all weights nothing is done.
 
     Args:
         strategy: the trainer's; None: the model is this process' own.
-        model: the causal language model.
+        model: the causal language model, PEFT-wrapped or not.
     """
 
     def __init__(self, strategy: Strategy | None, model: Any) -> None:
         self.strategy, self.model, self.active = strategy, model, shares_weights(strategy)
-        self._calls = [0, 0]
-        if self.active:
-            base = causal_lm(model)
-            self._decoder, self._head = base.get_decoder(), base.get_output_embeddings()
-            self._width, self._device = text_config(base).hidden_size, base.device
+        self._making_up = False
         self._hooks: list[Any] = []
+        if self.active:
+            base = causal_lm_of(model)
+            # A body with arguments of its own is run by the whole model, see `losses.output_head.hidden_states`; the
+            # head is then part of the call.
+            apart = isinstance(base.base_model, PreTrainedModel)
+            self._decoder = base.get_decoder() if apart else base
+            self._head: Any = base.get_output_embeddings() if apart else None
+            self._width, self._device = base.config.get_text_config().hidden_size, base.device
 
     def __enter__(self) -> EqualCalls:
         if self.active:
             self._hooks = [
-                module.register_forward_pre_hook(self._counter(index))
-                for index, module in enumerate((self._decoder, self._head))
+                module.register_forward_pre_hook(self._before(part), prepend=True)  # what gathers is a hook, too
+                for part, module in ((_DECODER, self._decoder), (_HEAD, self._head))
+                if module is not None
             ]
         return self
 
@@ -50,24 +63,35 @@ class EqualCalls:
         for hook in self._hooks:
             hook.remove()
 
-    @torch.no_grad()
     def meet(self) -> None:
-        """Make the numbers of calls equal on all ranks; every rank calls it at the same places."""
-        if not self.active:
-            return
+        """Wait until no rank has calls to make, taking part in theirs; every rank calls it at the same places."""
+        if self.active:
+            self._take_part_until(_NOTHING)
+
+    def _before(self, part: int) -> Any:
+        def agree(module: nn.Module, arguments: Any) -> None:
+            if not self._making_up:
+                self._take_part_until(part)
+
+        return agree
+
+    @torch.no_grad()
+    def _take_part_until(self, wish: int) -> None:
+        """Make the calls that other ranks wish for until it is the turn of this one's wish."""
         assert self.strategy is not None
-        done = torch.tensor(self._calls, device=self._device)
-        most: torch.Tensor = self.strategy.reduce(done.clone(), reduce_op="max")  # type: ignore[assignment]
-        decoder_calls, head_calls = (most - done).tolist()
-        with evaluation_mode(self.model):  # nothing is drawn
-            for _ in range(int(decoder_calls)):
-                self._decoder(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=self._device), use_cache=False)
-            for _ in range(int(head_calls)):
-                self._head(torch.zeros(1, self._width, dtype=self._head.weight.dtype, device=self._device))
-        self._calls = most.tolist()
+        while (turn := self._turn(wish)) != wish:
+            self._making_up = True
+            with evaluation_mode(self.model):  # nothing is drawn
+                if turn == _DECODER:
+                    token = torch.zeros(1, 1, dtype=torch.int64, device=self._device)
+                    self._decoder(input_ids=token, use_cache=False)
+                else:
+                    self._head(torch.zeros(1, self._width, dtype=self._head.weight.dtype, device=self._device))
+            self._making_up = False
 
-    def _counter(self, index: int) -> Any:
-        def count(module: nn.Module, arguments: Any) -> None:
-            self._calls[index] += 1
-
-        return count
+    def _turn(self, wish: int) -> int:
+        """The first of what the ranks wish for."""
+        assert self.strategy is not None
+        wishes = torch.tensor(-float(wish), device=self._device)
+        found: Any = self.strategy.reduce(wishes, reduce_op="max")
+        return int(-found.item())

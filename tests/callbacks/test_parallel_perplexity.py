@@ -3,12 +3,10 @@
 import math
 from types import SimpleNamespace
 
-import lightning.pytorch as pl
 import pytest
 import torch
 from parallel_dense import dense_tail
 
-from callbacks.equal_calls import EqualCalls
 from callbacks.parallel_perplexity import ParallelPerplexity, text_rows
 from patches.parallel_context import APE, ParallelContext, SelectiveAttention
 
@@ -104,36 +102,6 @@ def test_two_ranks_add_up(lab, make_trainer, monkeypatch):
         assert result["nll_sum"] == 2 * one[degree]["nll_sum"]
         assert result["num_targets"] == 2 * one[degree]["num_targets"]
         assert result["perplexity"] == one[degree]["perplexity"] and result["entropy"] == one[degree]["entropy"]
-
-
-class Sharded(pl.strategies.SingleDeviceStrategy):
-    """A rank of two, of which the other one makes two more calls of the decoder and one more of the head."""
-
-    zero_stage_3 = True
-
-    def reduce(self, tensor, *_, reduce_op="mean", **__):
-        assert reduce_op == "max"
-        return tensor + torch.tensor([2, 1]) * (tensor.sum() < 4)
-
-
-def test_ranks_that_share_weights_run_equally_often(lab):
-    model, calls = lab["tiny_llama"]().eval(), []
-    hooks = [
-        part.register_forward_hook(lambda *_, name=name: calls.append(name))
-        for part, name in ((model.model, "decoder"), (model.lm_head, "head"))
-    ]
-    strategy = Sharded("cpu")
-    with EqualCalls(strategy, model) as equal:
-        model(torch.tensor([[1, 2]]))
-        equal.meet()
-        equal.meet()
-    assert calls == ["decoder", "head", "decoder", "decoder", "head"]
-    for hook in hooks:
-        hook.remove()
-    assert not model.model._forward_pre_hooks and not model.lm_head._forward_pre_hooks
-    with EqualCalls(pl.strategies.SingleDeviceStrategy("cpu"), model) as equal:
-        assert not model.model._forward_pre_hooks
-        equal.meet()
 
 
 def test_nothing_is_scored_in_a_sanity_check(lab):
