@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from evaluation.equal_calls import EqualCalls
 from lightning_modules.fine_tuning import build_model, mixed_seed
 from lightning_modules.optimization import Optimization
 from lightning_modules.summed_loss import SummedLossModule
@@ -161,7 +162,10 @@ class TokenWeightedLM(SummedLossModule):
             if "base_nll_bits" not in batch:
                 raise ValueError("scorer=frozen needs scores in the batch: pass scores=FOLDER to the datamodule")
             return unpack_scores(batch["base_nll_bits"])
-        scores = score_base_nll(self.model, batch["input_ids"], valid=batch["valid"], **self.windows)
+        # Which windows are scored depends on the rows of a rank; a layer in slices is gathered by all ranks together.
+        with EqualCalls(None if self._trainer is None else self._trainer.strategy, self.model) as calls:
+            scores = score_base_nll(self.model, batch["input_ids"], valid=batch["valid"], **self.windows)
+            calls.meet()
         if self.weighting.parity:  # the published prefix is one target longer
             scores[:, self.windows["base_length"] - 1 : self.windows["base_length"]] = torch.nan
         return scores
