@@ -12,14 +12,31 @@ _COPIES = ("data", "module")
 
 
 def num_data_processes(trainer: dict[str, Any]) -> int:
-    """Processes with batches of their own, as the options of a trainer say; ``auto`` is what this machine has."""
-    nodes = int(trainer.get("num_nodes") or 1)
-    strategy = trainer.get("strategy")
-    if isinstance(strategy, dict) and str(strategy.get("_target_", "")).endswith(".ModelParallelStrategy"):
+    """Processes with batches of their own, as the options of a trainer say; ``auto`` is what this machine has.
+
+    Raises:
+        ConfigError: processes that share their sequences do not come out even.
+    """
+    nodes, strategy = int(trainer.get("num_nodes") or 1), trainer.get("strategy")
+    options = strategy if isinstance(strategy, dict) else {}
+    target = str(options.get("_target_", ""))
+    if target.endswith(".ModelParallelStrategy"):
         # The other dimension of its mesh splits layers.
-        size = strategy.get("data_parallel_size", "auto")
+        size = options.get("data_parallel_size", "auto")
         return nodes if size == "auto" else int(size)
-    return nodes * _devices(trainer.get("devices", "auto"), str(trainer.get("accelerator", "auto")))
+    processes = nodes * _devices(trainer.get("devices", "auto"), str(trainer.get("accelerator", "auto")))
+    if target.endswith(".ContextParallel"):
+        size = options.get("context_parallel_size", "auto")
+        group = processes if size == "auto" else int(size)
+        if group < 1 or processes % group:
+            raise ConfigError(
+                [
+                    f"trainer.strategy.context_parallel_size={size} does not divide {processes} process(es): "
+                    "change it, or trainer.devices"
+                ]
+            )
+        return processes // group
+    return processes
 
 
 def _devices(devices: Any, accelerator: str) -> int:

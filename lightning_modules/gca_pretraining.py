@@ -6,35 +6,48 @@ from typing import Any
 
 import torch
 
+from kernels.context_parallel import SequencePart
 from kernels.gca.noise import row_seeds
 from lightning_modules.causal_lm import CausalLMModule
 
 Retrieval = tuple[tuple[torch.Tensor, torch.Tensor], ...]
 
 
-def retrieval_statistics(retrieval: Retrieval) -> dict[str, torch.Tensor]:
-    """Summarise what the landmarks of a batch retrieved.
+def retrieval_sums(retrieval: Retrieval, first_chunk: int = 0) -> torch.Tensor:
+    """Add up what the landmarks of a batch retrieved.
 
     Args:
         retrieval: per group (indices int32 [B, N, K], weights float32 [B, N, K]); row c belongs to the landmark of
-            chunk c, index -1 marks an empty slot.
+            chunk first_chunk + c, index -1 marks an empty slot.
+        first_chunk: of the part of the sequence that these are.
 
     Returns:
-        Scalars over all groups: ``retrieval_entropy`` of the weights in nats (rows that retrieved something),
-        ``retrieval_distance``, the weighted mean number of chunks looked back, and ``empty_slots``, a share.
+        float64 ``[5]`` over all groups: entropies of the weights in nats, weighted means of the chunks looked back,
+        rows that retrieved something, filled slots, slots.
     """
     indices = torch.stack([group[0] for group in retrieval])
-    weights = torch.stack([group[1] for group in retrieval]).detach().float()
+    weights = torch.stack([group[1] for group in retrieval]).detach().double()
     filled = indices >= 0
     rows = filled.any(-1)
     entropy = -torch.special.xlogy(weights, weights).sum(-1)
-    chunk = torch.arange(indices.shape[-2], device=indices.device)[:, None]
+    chunk = first_chunk + torch.arange(indices.shape[-2], device=indices.device)[:, None]
     distance = ((chunk - indices) * weights * filled).sum(-1)
-    num_rows = rows.sum().clamp(min=1)
+    slots = torch.full_like(entropy.sum(), filled.numel())
+    return torch.stack([(entropy * rows).sum(), (distance * rows).sum(), rows.sum(), filled.sum(), slots])
+
+
+def retrieval_statistics(sums: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Means of `retrieval_sums` [5], of any number of batches and processes.
+
+    Returns:
+        Scalars: ``retrieval_entropy`` and ``retrieval_distance`` of a row that retrieved something, and
+        ``empty_slots``, a share.
+    """
+    entropy, distance, rows, filled, slots = sums.unbind()
     return {
-        "retrieval_entropy": (entropy * rows).sum() / num_rows,
-        "retrieval_distance": (distance * rows).sum() / num_rows,
-        "empty_slots": 1 - filled.float().mean(),
+        "retrieval_entropy": entropy / rows.clamp(min=1),
+        "retrieval_distance": distance / rows.clamp(min=1),
+        "empty_slots": 1 - filled / slots.clamp(min=1),
     }
 
 
@@ -52,9 +65,11 @@ class GCAPretrainingModule(CausalLMModule):
             "retrieval_generator": row_seeds(self.seed, batch["sample_index"]),
         }
 
-    def watch_outputs(self, outputs: Any) -> None:
-        """Log what the landmarks retrieved."""
+    def watch_outputs(self, outputs: Any, part: SequencePart | None) -> None:
+        """Log what the landmarks of all processes retrieved."""
         retrieval = getattr(outputs, "retrieval", None)
         if retrieval is not None:
-            found = retrieval_statistics(retrieval)
-            self.log_dict({f"gca/{name}": value for name, value in found.items()}, sync_dist=True)
+            first_chunk = 0 if part is None else part.start // self.model.config.chunk_size
+            sums = self.trainer.strategy.reduce(retrieval_sums(retrieval, first_chunk), reduce_op="sum")
+            for name, value in retrieval_statistics(sums).items():
+                self.log(f"gca/{name}", value.float())

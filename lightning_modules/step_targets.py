@@ -22,7 +22,14 @@ class StepTargets:
         self._counted: Tensor | None = None
 
     def factor(
-        self, batch: Mapping[str, Tensor], num_targets: Tensor, *, accumulate: int, num_ranks: int, last: bool
+        self,
+        batch: Mapping[str, Tensor],
+        num_targets: Tensor,
+        *,
+        accumulate: int,
+        num_ranks: int,
+        last: bool,
+        num_copies: int = 1,
     ) -> Tensor:
         """Return ``num_ranks * accumulate / N`` as a float32 scalar.
 
@@ -30,8 +37,9 @@ class StepTargets:
             batch: its ``num_step_targets`` (int64 scalar) is what this rank has in the whole step.
             num_targets: valid targets of this micro-batch, int64 scalar.
             accumulate: micro-batches of a step; the last step of an epoch may have fewer.
-            num_ranks: data-parallel processes.
+            num_ranks: processes.
             last: whether the optimiser steps after this micro-batch.
+            num_copies: processes that hold the same batch, and share its sequences.
 
         Raises:
             ValueError: nothing is announced though the step has several micro-batches, or the announced number is
@@ -49,6 +57,7 @@ class StepTargets:
             self._total = self._announced.to(num_targets.device, torch.int64, copy=True)
             if num_ranks > 1:
                 torch.distributed.all_reduce(self._total)
+                self._total //= num_copies
         self._counted = self._counted + num_targets
         if last:
             self._compare()

@@ -21,6 +21,8 @@ MAX_SKIPPED_STEPS = 10
 class SummedLossModule(CausalLMModule):
     """A module whose `loss` gives a sum and the number of targets it runs over; arguments are those of its base."""
 
+    splits_sequences = False
+
     def __init__(self, *arguments: Any, **options: Any):
         super().__init__(*arguments, **options)
         self.skipping = NonFiniteSteps(MAX_SKIPPED_STEPS)

@@ -112,6 +112,45 @@ def test_any_arrangement_is_the_same_run(method, tiny_corpus, tmp_path):
     compare(method, tiny_corpus, tmp_path, arrangements)
 
 
+def shared_sequences(recipe, corpus, tmp_path, arrangements):
+    """Runs of processes of which groups share every sequence, against one process; the shortest length is not split."""
+    results = []
+    for processes, batch_size, group in [(1, 4, None), *arrangements]:
+        output = tmp_path / f"{processes}_{batch_size}_{group}"
+        trainer = ["trainer=cpu"]
+        if group:
+            trainer = ["trainer=context_parallel", f"trainer.strategy.context_parallel_size={group}"]
+        more = [*trainer, f"trainer.devices={processes}", f"data.batch_size={batch_size}", "data.eval_lengths=[16,128]"]
+        arguments = [f"recipe={recipe}" if option == "recipe=quickstart" else option for option in METHODS["gca"]]
+        arguments = [option.format(corpus=corpus, documents="stream") for option in arguments]
+        arguments += [*COMMON, f"output={output}", *more]
+        assert run_in_processes(processes, train, arguments) == [0] * processes
+        results.append(numbers(output))
+    for found in results[1:]:
+        assert_same(found, results[0])
+
+
+def test_two_processes_that_share_sequences_are_one(tiny_corpus, tmp_path):
+    shared_sequences("quickstart", tiny_corpus, tmp_path, [(2, 2, 2)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["quickstart", "quickstart_sliding_window"])
+def test_groups_that_share_sequences_are_one_process(recipe, tiny_corpus, tmp_path):
+    shared_sequences(recipe, tiny_corpus, tmp_path, [(2, 4, 2), (4, 2, 2), (4, 1, 2), (3, 4, 3)])
+
+
+def test_methods_that_need_whole_sequences_refuse_to_share_them(tiny_corpus, tmp_path):
+    more = ["trainer=context_parallel", "trainer.devices=2", "data.batch_size=4"]
+    arguments = options("token_weighting", tiny_corpus, tmp_path / "run", *more)
+    assert run_in_processes(2, refused, arguments, "trainer=context_parallel does not serve LlamaForCausalLM") == [0, 0]
+
+
+def refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        train(arguments)
+
+
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in METHODS if name != "gca"]
 
 
