@@ -1,6 +1,7 @@
 """What happens to long runs: signals, full disks, dead processes, folders in use: a sentence, and they resume."""
 
 import io
+import itertools
 import multiprocessing
 import os
 import resource
@@ -17,8 +18,12 @@ import pytest
 from callbacks.checkpoint import newest_checkpoint, read_checkpoint
 from callbacks.loss_log import LossLog, read_rows
 from configuration.compose import compose
+from configuration.errors import exit_with_sentence
 from configuration.run_lock import only_run_in
 from configuration.training import run
+from datamodules.corpus import open_split
+from preprocess import tokenize
+from preprocess.command import run_command
 from tests.processes import error_log, run_in_processes
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -180,13 +185,60 @@ def test_a_folder_that_cannot_be_written_is_one_sentence(tiny_corpus, tmp_path):
 
 
 @pytest.mark.slow
-def test_strange_locales_and_clocks_change_nothing(tiny_corpus, tmp_path):
+@pytest.mark.parametrize("locale", ["C", "POSIX", "tr_TR.UTF-8", "tr_TR.ISO-8859-9"])
+def test_strange_locales_change_nothing(locale, tiny_corpus, tmp_path):
     train(options(tiny_corpus, tmp_path / "here", "trainer.max_steps=1"))
-    strange = {"LC_ALL": "C", "LANG": "C", "PYTHONUTF8": "0", "TZ": "Pacific/Kiritimati", "PYTHONHASHSEED": "7"}
+    strange = {"LC_ALL": locale, "LANG": locale, "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "COLUMNS": "3"}
+    strange |= {"TZ": "Pacific/Kiritimati", "PYTHONHASHSEED": "7"}
     command = [sys.executable, str(ROOT / "train.py"), *options(tiny_corpus, tmp_path / "there", "trainer.max_steps=1")]
     result = subprocess.run(command, capture_output=True, env=os.environ | strange, cwd=ROOT, timeout=300)
     assert result.returncode == 0, result.stderr[-2000:]
     assert losses(tmp_path / "there") == losses(tmp_path / "here")
+
+
+def test_text_and_names_are_read_as_utf8_in_any_locale(tmp_path):
+    (tmp_path / "text").mkdir()
+    for name in ("train_\u0131.txt", "train_\u00eb.txt", "TRAIN_I.TXT"):
+        (tmp_path / "text" / name).write_text(f"{name} \u20ac", encoding="utf-8")
+    strange = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "COLUMNS": "-1", "TZ": "nowhere"}
+    arguments = [str(tmp_path / "text"), "--tokenizer", "bytes", "--output"]
+    assert run_command(tokenize.main, [*arguments, str(tmp_path / "here")]) == 0
+    command = [sys.executable, "-m", "preprocess.tokenize", *arguments, str(tmp_path / "there")]
+    done = subprocess.run(command, capture_output=True, env=os.environ | strange, cwd=ROOT, timeout=100)
+    assert done.returncode == 0, done.stderr
+    for split in ("train", "validation"):
+        assert open_split(tmp_path / "here", split).identity == open_split(tmp_path / "there", split).identity
+
+
+@pytest.mark.parametrize("ending", [lambda main: run_command(main, []), lambda main: exits(main)])
+def test_an_output_without_letters_takes_escapes(ending, monkeypatch):
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding="ascii", write_through=True))
+    assert not ending(lambda arguments=None: print("\u20ac"))
+    assert shown.getvalue() == b"\\u20ac\n"
+
+
+def exits(main):
+    with exit_with_sentence([]):
+        main()
+
+
+def train_with_a_clock_that_runs_back(arguments):
+    ticks = itertools.count(2_000_000_000, -3600)
+    time.time = lambda: float(next(ticks))
+    time.time_ns = lambda: next(ticks) * 10**9
+    train(arguments)
+
+
+def test_a_clock_that_jumps_back_changes_nothing(tiny_corpus, tmp_path):
+    folder = tmp_path / "run"
+    short = options(tiny_corpus, folder, "trainer.max_steps=4")
+    assert run_in_processes(1, train_with_a_clock_that_runs_back, short) == [0]
+    files = sorted((folder / "checkpoints").glob("*.ckpt"))
+    for age, path in enumerate(files):  # the newest step is the oldest file, and one is of the future
+        os.utime(path, (4_000_000_000 - age * 3_000_000_000,) * 2)
+    assert newest_checkpoint(folder / "checkpoints").name == "step_4.ckpt"
+    resumes_to_the_whole(tiny_corpus, folder, tmp_path / "whole")
 
 
 def test_signals_elsewhere_than_in_the_main_thread_are_left_alone(tiny_corpus, tmp_path):

@@ -15,13 +15,32 @@ from callbacks.loss_log import read_rows
 from configuration.compose import compose
 from configuration.task import run_task
 from configuration.training import run
+from preprocess import chunk_documents, span_scores, summarization
+from preprocess.command import run_command
 from preprocess.corpora import ensure_corpus
+from tests.conftest import write_pairs
+from tests.preprocess.score_cases import save_llama
 
 pytestmark = pytest.mark.slow
 
 
 def tokenise(folder, text):
     ensure_corpus(str(folder / "corpus"), source=str(text), tokenizer="bpe:300")
+
+
+def cut(folder, corpus):
+    words = ["--input", f"{corpus}/train", "--length", "64", "--output", str(folder / "sequences")]
+    assert run_command(chunk_documents.main, words) == 0
+
+
+def pair(folder, source):
+    words = [str(source), "--tokenizer", "bytes", "--output", str(folder / "summaries")]
+    assert run_command(summarization.main, words) == 0
+
+
+def score_spans(folder, corpus, model):
+    words = [str(corpus), "--model", str(model), "--output", str(folder / "scores"), "--dtype", "float32"]
+    assert run_command(span_scores.main, [*words, "--context-length", "64", "--stride", "8", "--device", "cpu"]) == 0
 
 
 def train(folder, corpus, recipe):
@@ -48,7 +67,7 @@ def contents(folder):
     """What counts of the work: tokens, scores, losses, results."""
     found = {}
     for path in sorted(Path(folder).rglob("*")):
-        if path.suffix in (".bin", ".npy", ".f32") and "checkpoints" not in path.parts:
+        if path.name == "texts.jsonl" or (path.suffix in (".bin", ".npy") and "checkpoints" not in path.parts):
             found[str(path.relative_to(folder))] = path.read_bytes()
         elif path.name == "train.jsonl":
             found["losses"] = read_rows(path)
@@ -106,6 +125,20 @@ def killed_and_repeated(work, arguments, kills, seed):
 
 def test_tokenising(tiny_corpus, tmp_path):
     assert killed_and_repeated(tokenise, (tmp_path, Path(tiny_corpus).parent / "text"), 5, seed=0) == 5
+
+
+def test_cutting(tiny_corpus, tmp_path):
+    assert killed_and_repeated(cut, (tmp_path, tiny_corpus), 3, seed=3) == 3
+
+
+def test_pairing(tmp_path):
+    source = write_pairs(tmp_path / "pairs" / "train.jsonl", 3000)
+    assert killed_and_repeated(pair, (tmp_path, source), 3, seed=4) == 3
+
+
+def test_scoring_spans(tiny_corpus, tmp_path):
+    model = save_llama(tmp_path / "model", vocab_size=259)
+    assert killed_and_repeated(score_spans, (tmp_path, tiny_corpus, model), 4, seed=5) == 4
 
 
 @pytest.mark.parametrize(("recipe", "kills"), [("quickstart", 6), ("pg19_dense_frozen", 6)])

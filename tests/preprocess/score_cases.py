@@ -20,17 +20,9 @@ QUIET = ["--device", "cpu", "--dtype", "float32", "--shard-size", 4]
 
 def save_llama(folder: Path, *, seed: int = 0, **options) -> Path:
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=64,
-        initializer_range=0.4,
-        **options,
-    )
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64}
+    config = LlamaConfig(**sizes | {"initializer_range": 0.4} | options)
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
 
