@@ -18,9 +18,10 @@ class LossLog(pl.Callback):
     """Write ``{"step", "loss", "lr", "grad_norm", "tokens"}`` lines and log the same to the loggers.
 
     The loss is the mean over all targets of the step, of all micro-batches and ranks; ``grad_norm`` is measured
-    before clipping; ``tokens`` counts the input tokens of all ranks since the start of the run. Training steps return
-    ``{"nll_sum", "num_targets"}``. Values stay on their device until a logging step, when the ranks meet and the host
-    waits once.
+    before clipping; ``tokens`` counts the input tokens of all ranks since the start of the run, without padding where
+    the batch has an ``attention_mask`` or the training step returns ``num_tokens``: how wide the rows of a micro-batch
+    are depends on which of them it holds. Training steps return ``{"nll_sum", "num_targets"}``. Values stay on their
+    device until a logging step, when the ranks meet and the host waits once.
 
     Args:
         path: the file (rank 0 writes). On resume, lines after the resumed step are dropped, since those steps are
@@ -50,14 +51,13 @@ class LossLog(pl.Callback):
     ) -> None:
         """Collect the micro-batch; close the row when the optimiser has stepped."""
         # Lightning divides "loss" by the accumulation before callbacks see it.
-        self.sums.append(torch.stack([outputs["nll_sum"].double(), outputs["num_targets"].double()]))
-        self.tokens += batch["input_ids"].numel() * num_data_ranks(trainer)
+        sums = (outputs["nll_sum"], outputs["num_targets"], input_tokens(outputs, batch))
+        self.sums.append(torch.stack([value.double() for value in sums]))
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
-        sums, self.sums = torch.stack(self.sums).sum(0), []
+        step_sums, self.sums = torch.stack(self.sums).sum(0), []
         grad_norm = getattr(pl_module, "grad_norm", None)
-        row = {"step": trainer.global_step, "loss": sums, "lr": self.lr, "grad_norm": grad_norm, "tokens": self.tokens}
-        self.rows.append(row)
+        self.rows.append({"step": trainer.global_step, "sums": step_sums, "lr": self.lr, "grad_norm": grad_norm})
         # What loggers number the values with; left to itself, Lightning takes the step before.
         pl_module.log("step", torch.tensor(float(trainer.global_step)))  # on the host: nothing waits for it
         if trainer.global_step % trainer.log_every_n_steps == 0:
@@ -89,29 +89,43 @@ class LossLog(pl.Callback):
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
         """Write the lines up to this checkpoint before it exists: a resumed curve has no gap."""
         self.flush(trainer)
+        checkpoint["callbacks"][self.state_key] = self.state_dict()  # which was asked for before
 
     def flush(self, trainer: pl.Trainer, *, all_ranks: bool = True) -> list[dict[str, Any]]:
         """Append the collected rows to the file (rank 0); return them as plain numbers.
 
         Args:
             trainer: of the run.
-            all_ranks: average over the ranks, all of which must call.
+            all_ranks: add the ranks up, all of which must call; else the others are taken to have read as many tokens.
         """
         rows, self.rows = self.rows, []
         if not rows:
             return []
-        sums = torch.stack([row["loss"] for row in rows])
+        sums = torch.stack([row["sums"] for row in rows])
+        num_readers = num_data_ranks(trainer)
         if all_ranks:
             sums = trainer.strategy.reduce(sums, reduce_op="sum")
-        losses = [nll_sum / count if count else math.nan for nll_sum, count in sums.tolist()]
-        plain = [
-            row | {"loss": loss, "grad_norm": _item(row["grad_norm"])} for row, loss in zip(rows, losses, strict=True)
-        ]
+            num_readers = 1 / max(1, trainer.world_size // num_readers)  # ranks with the same batch have read it once
+        plain = []
+        for row, (nll_sum, count, tokens) in zip(rows, sums.tolist(), strict=True):
+            self.tokens += round(tokens * num_readers)
+            loss, grad_norm = nll_sum / count if count else math.nan, _item(row["grad_norm"])
+            numbers = {"loss": loss, "lr": row["lr"], "grad_norm": grad_norm, "tokens": self.tokens}
+            plain.append({"step": row["step"]} | numbers)
         if trainer.is_global_zero:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps({k: _finite(v) for k, v in row.items()}) + "\n" for row in plain)
         return plain
+
+
+def input_tokens(outputs: Any, batch: Any) -> torch.Tensor:
+    """Number of input tokens of a micro-batch without padding, a scalar on the device of the sums."""
+    if "num_tokens" in outputs:
+        return outputs["num_tokens"]
+    if "attention_mask" in batch:
+        return batch["attention_mask"].sum()
+    return torch.full((), batch["input_ids"].numel(), device=outputs["nll_sum"].device)
 
 
 def _item(value: torch.Tensor | None) -> float | None:

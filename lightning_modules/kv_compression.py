@@ -27,6 +27,7 @@ from patches.compressed_rows import (
     labels_inside_documents,
     plain_rows,
 )
+from patches.rules_kinds import PAD
 from patches.sentinel import SpanLayout, recurrent_forward
 from patches.sentinel.layout import IGNORED
 from patches.sentinel.sentinels import Sentinels
@@ -146,6 +147,11 @@ class KVCompressionLM(SummedLossModule):
             raise ValueError(
                 "published_labels may ask for a sentinel: they need method='sentinel' and exclude_sentinel_logits=False"
             )
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Any]:
+        """Return the share of the step's loss that this micro-batch is; its tokens, sentinels counted, padding not."""
+        outputs = super().training_step(batch, batch_idx)
+        return outputs | {"num_tokens": (batch["kind"] != PAD).sum()} if "kind" in batch else outputs
 
     def loss(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Loss of a micro-batch under the method's rule.

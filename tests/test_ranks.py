@@ -72,8 +72,8 @@ def train(arguments):
 
 
 def numbers(folder):
-    """Losses, gradient norms and validation of a run."""
-    rows = [(row["loss"], row["grad_norm"]) for row in read_rows(folder / "train.jsonl")]
+    """Losses, gradient norms, tokens and validation of a run."""
+    rows = [(row["loss"], row["grad_norm"], row["tokens"]) for row in read_rows(folder / "train.jsonl")]
     lengths = json.loads((folder / "metrics.json").read_text())["validation"]["lengths"]
     scores = [(report["nll_sum"], report["num_targets"]) for report in lengths.values()]
     return rows, scores
@@ -81,7 +81,8 @@ def numbers(folder):
 
 def assert_same(found, expected, tolerance=1e-6):
     assert len(expected[0]) == STEPS
-    for (loss, norm), (true_loss, true_norm) in zip(found[0], expected[0], strict=True):
+    for (loss, norm, tokens), (true_loss, true_norm, true_tokens) in zip(found[0], expected[0], strict=True):
+        assert tokens == true_tokens
         assert loss == pytest.approx(true_loss, rel=tolerance)
         assert norm == pytest.approx(true_norm, rel=1e-4)
     for (nll, count), (true_nll, true_count) in zip(found[1], expected[1], strict=True):

@@ -76,7 +76,7 @@ class Module(pl.LightningModule):
         loss = nll.sum() / counted.sum()
         if batch_idx == self.poison_step:
             loss = loss * float("nan")
-        return {"loss": loss, "num_tokens": batch["input_ids"].numel()}
+        return {"loss": loss}
 
     def validation_step(self, batch, batch_idx, dataloader_idx=0):
         logits = self.model(batch["input_ids"], use_cache=False).logits

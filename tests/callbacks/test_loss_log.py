@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from callbacks.checkpoint import StepCheckpoint, newest_checkpoint
 from callbacks.loss_log import LossLog, read_rows
 
 
@@ -54,7 +55,7 @@ def two_ranks(monkeypatch, other):
 
 
 def test_ranks_are_added_once_for_each_logging_step(fit, lab, tmp_path, monkeypatch):
-    calls = two_ranks(monkeypatch, [10.0, 3.0])
+    calls = two_ranks(monkeypatch, [10.0, 3.0, 64.0])
     trainer_log = {}
 
     class Module(type(uneven(lab))):
@@ -69,12 +70,33 @@ def test_ranks_are_added_once_for_each_logging_step(fit, lab, tmp_path, monkeypa
 
 
 def test_after_a_failure_no_rank_waits_for_the_others(fit, lab, tmp_path, monkeypatch):
-    calls, module = two_ranks(monkeypatch, [10.0, 3.0]), uneven(lab)
+    calls, module = two_ranks(monkeypatch, [10.0, 3.0, 64.0]), uneven(lab)
     module.broken_at = 6
     with pytest.raises(RuntimeError, match="broken"):
         fit_logged(fit, lab, tmp_path / "log", module, log_every_n_steps=2)
     assert calls == [(2, "sum")]
     assert [row["step"] for row in read_rows(tmp_path / "log")] == [1, 2, 3]
+
+
+def test_padding_is_left_out(fit, lab, tmp_path):
+    class Masked(type(uneven(lab))):
+        def training_step(self, batch, batch_idx):
+            batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+            batch["attention_mask"][:, 10:] = 0
+            counted = {"num_tokens": torch.tensor(7)} if batch_idx == 3 else {}
+            return super().training_step(batch, batch_idx) | counted
+
+    fit_logged(fit, lab, tmp_path / "log", Masked(lab["tiny_llama"]()), max_steps=2)
+    assert [row["tokens"] for row in read_rows(tmp_path / "log")] == [40, 67]
+
+
+def test_a_checkpoint_between_two_logging_steps_holds_the_count(fit, lab, tmp_path):
+    options = {"enable_checkpointing": True, "log_every_n_steps": 4}
+    for max_steps in (3, 5):
+        saving = StepCheckpoint(str(tmp_path / "saved"), every_n_train_steps=3)
+        callback, newest = LossLog(str(tmp_path / "log")), newest_checkpoint(tmp_path / "saved")
+        fit(saving, callback, module=uneven(lab), ckpt_path=newest, max_steps=max_steps, **options)
+    assert [row["tokens"] for row in read_rows(tmp_path / "log")] == [32, 64, 96, 128, 160]
 
 
 def test_a_loss_that_is_not_finite_is_null(fit, lab, tmp_path):
