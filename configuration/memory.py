@@ -1,23 +1,26 @@
-"""What a training step needs of the memory of one process, computed from sizes alone.
+"""What a training step needs of the memory of one process, before anything is started.
 
-Notable: weights, gradients and moments follow exactly from the strategy. Activations are counted for decoders whose
-configuration says their shape (Llama and its like), as what autograd keeps for the backward pass.
+Notable: weights, gradients and moments follow from the strategy; activations are counted by running the recipe's own
+forward and backward pass on tensors without data (`memory_step`, `memory_trace`). Not in it: the allocator's losses,
+buffers of communication beyond those named here, work space inside kernels and libraries.
 
-Letters: M model width, F width of the MLP, A = heads x head size, K = kv heads x head size, L layers, V vocabulary,
-W processes.
+Letters: B sequences of a micro-batch, T tokens, W processes, N chunks, S tokens of a chunk, G kv heads, D head size.
 """
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from configuration.memory_step import is_deepspeed, on_gpu, precision_of, trace_module
+from configuration.step_size import num_data_processes
 
 FLOAT = 4
-# Modules that never hold the logits of all tokens.
-_CHUNKED_HEADS = (".TokenWeightedLM",)
-_LLAMA_LIKE = ("llama", "mistral", "qwen2")
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -25,114 +28,119 @@ class StepMemory:
     """Bytes of one process.
 
     Attributes:
-        weights: as the forward pass reads them, and a gathered layer where they are sharded.
-        gradients: of trained weights.
+        weights: as they are kept.
+        gradients: of trained weights, as they are kept.
         moments: AdamW's two, and float32 copies of weights where an engine keeps them.
-        activations: kept for the backward pass; None where the shape of the model is not known.
+        activations: everything else of forward and backward at their fullest moment; None where it is not known.
+        copies: whole weights and gradients of the layers in use, where they are kept in shards; DDP's buckets.
+        together: gradients and activations at their fullest moment: at first the ones are not there yet, at last the
+            others are no longer.
+        update: what the optimiser computes with.
         host: of the above, in host memory.
     """
 
     weights: int
     gradients: int
     moments: int
-    activations: int | None
+    activations: int | None = None
+    copies: int = 0
+    together: int = 0
+    update: int = 0
     host: int = 0
 
     @property
     def device(self) -> int:
-        """Bytes on the device, without activations where they are not known."""
-        return self.weights + self.gradients + self.moments + (self.activations or 0) - self.host
+        """Bytes on the device at the fullest moment of a step, without activations where they are not known."""
+        passing = max(self.together, self.gradients + self.update)
+        return self.weights + self.moments + self.copies + passing - self.host
 
 
-def step_memory(model: torch.nn.Module, config: dict[str, Any], *, processes: int) -> StepMemory:
+def step_memory(module: Any, config: dict[str, Any], *, processes: int, context_parallel_size: int = 1) -> StepMemory:
     """Memory of a step of a composed recipe.
 
     Args:
-        model: of the run, on the meta device.
+        module: of the run, what `memory_step.blank_module` returned.
         config: the recipe.
-        processes: W.
+        processes: W, those with batches of their own.
+        context_parallel_size: processes that share a sequence, each with its part of the tokens.
+
+    Raises:
+        ValueError: the model's sequences cannot be shared.
     """
-    trainer, module = config["trainer"], config["module"]
-    every = sum(p.numel() for p in model.parameters())
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    largest = max((_numel(layer) for layer in _layers(model)), default=0)
+    states = _states(module.model, config["trainer"], processes=processes, alone=processes * context_parallel_size == 1)
+    try:
+        trace = trace_module(module, config, context_parallel_size=context_parallel_size)
+    except RuntimeError as error:  # an operator whose result depends on numbers
+        logger.warning("activations are not counted: %s", str(error).splitlines()[0])
+        return replace(states, together=states.gradients)
+    sharded = _is_fsdp(config["trainer"]) or is_deepspeed(config["trainer"])
+    # Gradients of earlier micro-batches are there from the start, shards in their places too.
+    there = sharded or config["trainer"].get("accumulate_grad_batches", 1) > 1
+    together = states.gradients + trace.most if there else trace.most_together
+    return replace(states, activations=trace.most, together=together)
+
+
+def _states(model: nn.Module, trainer: dict[str, Any], *, processes: int, alone: bool) -> StepMemory:
+    """Everything that does not depend on the data."""
+    weights, trained = _nbytes(model), _nbytes(model, trained=True)
+    if is_deepspeed(trainer):
+        return _deepspeed(model, trainer, processes=processes)
+    if _is_fsdp(trainer):
+        return _fsdp(model, processes=processes)
+    options = trainer.get("strategy")
+    views = isinstance(options, dict) and options.get("gradient_as_bucket_view")
+    buckets = 0 if alone or views else trained
+    # AdamW of a GPU takes the roots of all moments at once, unless it is fused, which gradient clipping under autocast
+    # rules out.
+    roots = trained if on_gpu(trainer) and precision_of(trainer).endswith("mixed") else 0
+    return StepMemory(weights, trained, 2 * trained, copies=buckets, update=roots)
+
+
+def sharing_processes(trainer: dict[str, Any]) -> int:
+    """Processes that share a sequence, as the options of a trainer say."""
     strategy = trainer.get("strategy")
-    options = strategy if isinstance(strategy, dict) else {}
-    name = str(options.get("_target_", ""))
-    plugins = [str(plugin.get("precision")) for plugin in trainer.get("plugins") or [] if isinstance(plugin, dict)]
-    precision = str(trainer.get("precision") or next((p for p in plugins if p != "None"), "32-true"))
-    activations = decoder_activations(
-        getattr(model, "config", None),
-        tokens=config["data"]["batch_size"] * (config["data"].get("context_length") or module["context_length"]),
-        precision=precision,
-        checkpointing=bool(module.get("gradient_checkpointing")),
-        with_logits=not str(module.get("_target_", "")).endswith(_CHUNKED_HEADS),
+    if not isinstance(strategy, dict) or not str(strategy.get("_target_", "")).endswith(".ContextParallel"):
+        return 1
+    return num_data_processes(trainer | {"strategy": "auto"}) // num_data_processes(trainer)
+
+
+def _is_fsdp(trainer: dict[str, Any]) -> bool:
+    strategy = trainer.get("strategy")
+    return isinstance(strategy, dict) and str(strategy.get("_target_", "")).endswith("FullyShardedData")
+
+
+def _fsdp(model: nn.Module, *, processes: int) -> StepMemory:
+    """All in shards; whole at a time is what lies outside the layers, a layer, and the next one on its way."""
+    copies = 0
+    for trained in (False, True):  # weights, gradients
+        layers = [_nbytes(layer, trained=trained) for layer in _layers(model)]
+        copies += _nbytes(model, trained=trained) - sum(layers) + 2 * max(layers, default=0)
+    weights, gradients = _nbytes(model) // processes, _nbytes(model, trained=True) // processes
+    return StepMemory(weights, gradients, 2 * gradients, copies=copies)
+
+
+def _deepspeed(model: nn.Module, trainer: dict[str, Any], *, processes: int) -> StepMemory:
+    """ZeRO: float32 master weights and moments in shards; from stage 2 on gradients too, in stage 3 weights too."""
+    options = trainer["strategy"]
+    stage = int(options.get("stage", 2))
+    weights, gradients = _nbytes(model), _nbytes(model, trained=True)
+    masters = sum(p.numel() for p in model.parameters() if p.requires_grad) * FLOAT * 3 // processes
+    largest = max(
+        (_nbytes(part) for part in model.modules() if isinstance(part, GradientCheckpointingLayer)), default=0
     )
-    if name.endswith("DeepSpeed"):
-        size = FLOAT if precision == "32-true" else 2
-        found = _deepspeed(every, trained, size, options, processes=processes)
-        return replace(
-            found, activations=activations, weights=found.weights + (largest * size if _stage(options) == 3 else 0)
-        )
-    size = 2 if precision.endswith("16-true") else FLOAT
-    share = processes if name.endswith("FullyShardedData") else 1
-    gathered = largest * size if share > 1 else 0
     return StepMemory(
-        every * size // share + gathered, trained * size // share, 2 * trained * size // share, activations
+        weights // (processes if stage == 3 else 1),
+        gradients // (processes if stage >= 2 else 1),
+        masters,
+        copies=largest if stage == 3 else 0,
+        host=masters if options.get("offload_optimizer") else 0,
     )
 
 
-def _stage(options: dict[str, Any]) -> int:
-    return int(options.get("stage", 2))
+def _nbytes(part: nn.Module, *, trained: bool = False) -> int:
+    return sum(p.nbytes for p in part.parameters() if p.requires_grad or not trained)
 
 
-def _deepspeed(every: int, trained: int, size: int, options: dict[str, Any], *, processes: int) -> StepMemory:
-    """ZeRO: weights of ``size`` bytes, float32 master weights and moments in shards; from stage 2 on gradients too."""
-    stage = _stage(options)
-    weights = every * size // (processes if stage == 3 else 1)
-    gradients = trained * size // (processes if stage >= 2 else 1)
-    masters = trained * FLOAT * 3 // processes
-    return StepMemory(weights, gradients, masters, None, host=masters if options.get("offload_optimizer") else 0)
-
-
-def decoder_activations(
-    config: Any, *, tokens: int, precision: str, checkpointing: bool, with_logits: bool = True
-) -> int | None:
-    """Bytes that autograd keeps of a micro-batch, for decoders of Llama's shape with a fused attention; else None.
-
-    For every token and layer, float32: ``6 M + 2 A + 2 K + 4 F`` numbers (norms, projections, attention, MLP). Under
-    bf16 autocast the norms keep ``4 M`` float32 numbers, the products the rest in two bytes. The head keeps ``3 M``,
-    beside the logits, their log-probabilities and their gradient where a loss makes them. Checkpointing keeps ``M`` of
-    every layer, and all of one.
-
-    Args:
-        config: of the model.
-        tokens: of a micro-batch.
-        precision: of the trainer.
-        checkpointing: whether activations are recomputed.
-        with_logits: whether the logits of all tokens exist at once.
-    """
-    names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
-    if getattr(config, "model_type", None) not in _LLAMA_LIKE or not all(hasattr(config, name) for name in names):
-        return None
-    m, f, heads, layers, v = (int(getattr(config, name)) for name in names)
-    head_dim = getattr(config, "head_dim", None) or m // heads
-    a, k = heads * head_dim, (getattr(config, "num_key_value_heads", None) or heads) * head_dim
-    low = precision != "32-true"
-    if low:
-        layer = 4 * m * FLOAT + 2 * (5 * m + 2 * a + 2 * k + 4 * f) + (heads + 2) * FLOAT
-        head = 2 * m * FLOAT + 2 * m
-    else:
-        layer = FLOAT * (6 * m + 2 * a + 2 * k + 4 * f + heads + 2)
-        head = FLOAT * 3 * m
-    kept = layers * m * FLOAT + layer if checkpointing else layers * layer
-    logits = v * ((2 if low else FLOAT) + 2 * FLOAT) if with_logits else 0
-    return tokens * (kept + head + logits)
-
-
-def _numel(part: torch.nn.Module) -> int:
-    return sum(p.numel() for p in part.parameters())
-
-
-def _layers(model: torch.nn.Module) -> list[torch.nn.Module]:
-    return [child for part in model.modules() if isinstance(part, torch.nn.ModuleList) for child in part]
+def _layers(model: nn.Module) -> list[nn.Module]:
+    """The units that a strategy gathers one by one."""
+    return [part for part in model.modules() if isinstance(part, GradientCheckpointingLayer)]

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
@@ -19,11 +18,11 @@ from callbacks.loss_log import read_rows
 from callbacks.sharded_strategies import SealedCheckpoints
 from configuration.errors import Stopped
 from configuration.export import restored_module, save_model_folder
-from configuration.memory import StepMemory, step_memory
 from configuration.quiet import quiet
 from configuration.run_folder import open_run, versions, write_start
 from configuration.run_lock import naming_lost_processes, only_run_in
-from configuration.step_size import num_data_processes, settle_step_size
+from configuration.sizes import describe
+from configuration.step_size import settle_step_size
 from configuration.targets import build
 from evaluation.results import write_json
 from lightning_modules.lora import has_adapters
@@ -209,7 +208,7 @@ def protocol(config: dict[str, Any], data: Any) -> dict[str, Any]:
 
 
 def dry_run(config: dict[str, Any], missing: Sequence[str]) -> str:
-    """Build what a run builds, on the meta device; return the sizes and what this machine lacks for the run.
+    """Build what a run builds, without weights; return the sizes and what this machine lacks for the run.
 
     Raises:
         ValueError: the trainer refuses its options (not asked where something is missing).
@@ -217,57 +216,3 @@ def dry_run(config: dict[str, Any], missing: Sequence[str]) -> str:
     if not missing:
         build_trainer(config)
     return describe(config, missing)
-
-
-def describe(config: dict[str, Any], missing: Sequence[str] = ()) -> str:
-    """Sizes of a run, from a model built on the meta device.
-
-    Args:
-        config: the composed recipe.
-        missing: what this machine lacks for the run, printed after the sizes.
-    """
-    import models  # noqa: F401 - as above
-
-    model = meta_model(config["model"])
-    trainer, data = config["trainer"], config["data"]
-    settle_step_size(config)
-    sequences = config["sequences_per_step"]
-    length = data.get("context_length") or config["module"]["context_length"]
-    tokens = sequences * length
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    lines = {
-        "recipe": f"{config['recipe']} (scale {config['scale']})",
-        "parameters": f"{sum(p.numel() for p in model.parameters()):,}, trainable {trainable:,}",
-        "tokens per step": f"{tokens:,} = {sequences} sequences of {length:,}",
-        "steps": f"{trainer['max_steps']:,}, {trainer['max_steps'] * tokens:,} tokens in all",
-        **memory_lines(step_memory(model, config, processes=num_data_processes(trainer))),
-        "output": config["output"],
-    }
-    if hasattr(model, "num_flops_per_token"):
-        flops = model.num_flops_per_token(length) * tokens
-        lines["work per step"] = f"{flops / 1e12:.3g} TFLOP (forward and backward)"
-    width = max(map(len, lines))
-    sizes = [f"{key:<{width}}  {value}" for key, value in lines.items()]
-    return "\n".join([*sizes, *(f"not ready here:  {sentence}" for sentence in missing)])
-
-
-def memory_lines(memory: StepMemory) -> dict[str, str]:
-    """What a process needs, in words."""
-    known = memory.activations is not None
-    parts = {"weights": memory.weights, "gradients": memory.gradients, "moments": memory.moments}
-    parts |= {"activations": memory.activations or 0} if known else {}
-    named = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in parts.items())
-    lines = {
-        "memory a device": f"{memory.device / 2**30:.2f} GiB ({named}{'' if known else '; activations not known'})"
-    }
-    return lines | ({"memory of the host": f"{memory.host / 2**30:.2f} GiB a process"} if memory.host else {})
-
-
-def meta_model(model: dict[str, Any]) -> torch.nn.Module:
-    """The model of a run without its weights; of one that is loaded, only the configuration is read."""
-    with torch.device("meta"):
-        if "path" in model:
-            from transformers import AutoConfig, AutoModelForCausalLM
-
-            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model["path"]))
-        return build(model)()

@@ -1,58 +1,41 @@
-"""Predicted memory of a step against what a step holds, counted tensor by tensor, within 15 %."""
+"""Memory of a step by strategy, and the dry run of every recipe under every trainer."""
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, GPTNeoXConfig, LlamaConfig, LlamaForCausalLM
 
-from configuration.memory import decoder_activations, step_memory
-from configuration.training import memory_lines
+from configuration.compose import compose, group_choices, recipe_names
+from configuration.memory import StepMemory, step_memory
+from configuration.memory_step import blank_module
+from configuration.sizes import describe, memory_lines, work_lines
 
 DEEPSPEED = "callbacks.sharded_strategies.ShardedDeepSpeed"
+SHAPE = {"vocab_size": 500, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
+LLAMA = {
+    "_target_": "transformers.AutoModelForCausalLM.from_config",
+    "_partial_": True,
+    "config": LlamaConfig(**SHAPE, **HEADS),
+}
+MODULE = {
+    "_target_": "lightning_modules.causal_lm.CausalLMModule",
+    "model": LLAMA,
+    "max_steps": 1,
+    "optimization": {"_target_": "lightning_modules.optimization.Optimization"},
+}
 
 
-def llama(**sizes):
-    shape = {"vocab_size": 500, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3}
-    return LlamaForCausalLM(LlamaConfig(**shape | sizes, num_attention_heads=4, num_key_value_heads=2))
+def llama():
+    return LlamaForCausalLM(LLAMA["config"])
 
 
-def kept_bytes(model, *, batch, length, low):
-    """Storages that autograd keeps of a step, without weights, and the logits with their gradient."""
-    weights = {p.untyped_storage()._cdata for p in model.parameters()}
-    shapes = {tuple(s) for p in model.parameters() for s in (p.shape, p.shape[::-1])}
-    kept = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        # Autocast's copies of weights are not activations.
-        if storage._cdata not in weights and tuple(tensor.shape) not in shapes:
-            kept[storage._cdata] = storage
-        return tensor
-
-    ids = torch.randint(500, (batch, length))
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), torch.autocast("cpu", enabled=low):
-        logits = model(input_ids=ids, labels=ids, use_cache=False).logits
-    return sum(storage.nbytes() for storage in kept.values()) + logits.nbytes + logits.numel() * 4
+def recipe(strategy="auto", precision="32-true", **trainer):
+    trainer = {"accelerator": "cpu", "strategy": strategy, "precision": precision, **trainer}
+    return {"trainer": trainer, "data": {"batch_size": 2, "context_length": 48}, "module": MODULE, "model": LLAMA}
 
 
-@pytest.mark.parametrize("low", [False, True])
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_activations_of_a_decoder(low, checkpointing):
-    model = llama().train()
-    found = kept_bytes(model, batch=2, length=48, low=low)
-    precision = "bf16-mixed" if low else "32-true"
-    predicted = decoder_activations(model.config, tokens=96, precision=precision, checkpointing=False)
-    assert predicted == pytest.approx(found, rel=0.15)
-    if checkpointing:
-        less = decoder_activations(model.config, tokens=96, precision=precision, checkpointing=True)
-        one_layer = predicted - decoder_activations(
-            llama(num_hidden_layers=2).config, tokens=96, precision=precision, checkpointing=False
-        )
-        assert less == predicted - 3 * one_layer + one_layer + 96 * 3 * 64 * 4
-
-
-def recipe(strategy="auto", precision="32-true", plugins=()):
-    trainer = {"strategy": strategy, "precision": precision, "plugins": list(plugins)}
-    return {"trainer": trainer, "data": {"batch_size": 2, "context_length": 48}, "module": {}}
+def memory(config, processes=1):
+    return step_memory(blank_module(config), config, processes=processes)
 
 
 def test_states_are_those_of_a_real_step():
@@ -61,34 +44,110 @@ def test_states_are_those_of_a_real_step():
     ids = torch.randint(500, (2, 48))
     model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
     optimizer.step()
-    found = step_memory(model, recipe(), processes=1)
+    found = memory(recipe())
     assert found.weights == sum(p.nbytes for p in model.parameters())
     assert found.gradients == sum(p.grad.nbytes for p in model.parameters())
-    moments = sum(t.nbytes for state in optimizer.state.values() for t in state.values() if t.dim())
-    assert found.moments == moments
-    assert found.device == found.weights + found.gradients + found.moments + found.activations
+    assert found.moments == sum(t.nbytes for state in optimizer.state.values() for t in state.values() if t.dim())
+    assert found.copies == found.update == found.host == 0
+
+
+def test_the_fullest_moment():
+    found = memory(recipe())
+    assert found.device == found.weights + found.moments + found.together
+    assert found.activations <= found.together < found.activations + found.gradients
+    accumulated = memory(recipe(accumulate_grad_batches=2))
+    assert accumulated.together == found.activations + found.gradients
+    update = StepMemory(weights=1, gradients=10, moments=20, together=15, update=10)
+    assert update.device == 1 + 20 + 20  # after the backward pass more is needed than in it
+
+
+def test_buckets_of_several_processes_and_roots_on_a_gpu():
+    alone, two = memory(recipe()), memory(recipe(), processes=2)
+    assert two.copies == two.gradients and two.device == alone.device + alone.gradients
+    views = {"_target_": "lightning.pytorch.strategies.DDPStrategy", "gradient_as_bucket_view": True}
+    assert memory(recipe(views), processes=2).copies == 0
+    assert memory(recipe(precision="bf16-mixed", accelerator="gpu")).update == alone.gradients
+    assert memory(recipe(precision="bf16-true")).weights == alone.weights // 2
 
 
 def test_strategies_share_the_states():
-    model = llama()
-    size = sum(p.numel() for p in model.parameters())
-    layer = sum(p.numel() for p in model.model.layers[0].parameters())
+    size = sum(p.numel() for p in llama().parameters())
+    layer = sum(p.numel() for p in llama().model.layers[0].parameters())
     zero_2, zero_3, offload = (
-        step_memory(
-            model,
-            recipe({"_target_": DEEPSPEED, **options}, None, [{"precision": "bf16-mixed"}]),
-            processes=4,
-        )
+        memory(recipe({"_target_": DEEPSPEED, **options}, None, plugins=[{"precision": "bf16-mixed"}]), processes=4)
         for options in ({"stage": 2}, {"stage": 3}, {"stage": 3, "offload_optimizer": True})
     )
     assert (zero_2.weights, zero_2.gradients, zero_2.moments) == (2 * size, 2 * size // 4, 12 * size // 4)
-    assert zero_3.weights == 2 * size // 4 + 2 * layer and zero_3.host == 0
+    assert zero_3.weights == 2 * size // 4 and zero_3.copies == 2 * layer and zero_3.host == 0
     assert offload.host == offload.moments == zero_3.moments and offload.device == zero_3.device - zero_3.moments
-    fsdp = step_memory(model, recipe({"_target_": "callbacks.sharded_strategies.FullyShardedData"}), processes=4)
-    assert (fsdp.weights, fsdp.gradients, fsdp.moments) == (size + 4 * layer, size, 2 * size)
+    fsdp = memory(recipe({"_target_": "callbacks.sharded_strategies.FullyShardedData"}), processes=4)
+    outside = size - 3 * layer
+    assert (fsdp.weights, fsdp.gradients, fsdp.moments) == (size, size, 2 * size)
+    assert fsdp.copies == 2 * 4 * (outside + 2 * layer)
     assert set(memory_lines(offload)) == {"memory a device", "memory of the host"}
 
 
-def test_shapes_that_are_not_known_are_said_to_be():
-    found = step_memory(torch.nn.Linear(4, 4), recipe(), processes=1)
+def test_what_cannot_be_counted_is_said(monkeypatch, caplog):
+    monkeypatch.setattr(LlamaForCausalLM, "forward", lambda self, input_ids, **_: input_ids.sum().item())
+    found = memory(recipe())
     assert found.activations is None and "activations not known" in memory_lines(found)["memory a device"]
+    assert "not counted" in caplog.text and found.device == found.weights + found.gradients + found.moments
+
+
+def test_the_least_time_of_a_step(monkeypatch):
+    assert set(work_lines(llama(), 10, length=5, devices=1)) == {"work per step"}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA A100-SXM4-80GB")
+    text = work_lines(llama(), 312 * 10**6, length=5, devices=2)["time of a step"]
+    seconds = 6 * sum(p.numel() for p in llama().parameters()) / 1e6 / 2
+    assert f"at least {seconds:.3g} s" in text and "2 x NVIDIA A100" in text
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """Configurations of the models that recipes load by name or from a run."""
+    llama = {"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
+    neox = {"vocab_size": 50432, "hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 32}
+    drt = compose(["recipe=pg19_gca"], command="train")["model"]["config"]
+    from configuration.targets import build
+
+    def configuration(path, **_):
+        if path.startswith("runs/"):
+            return build(drt)
+        if "Llama" in path:
+            return LlamaConfig(**llama, num_attention_heads=32, num_key_value_heads=8)
+        return GPTNeoXConfig(**neox, num_attention_heads=32)
+
+    monkeypatch.setattr(AutoConfig, "from_pretrained", configuration)
+
+
+def dry(name, *arguments):
+    config = compose([f"recipe={name}", *arguments], command="train")
+    return dict(line.split("  ", 1) for line in describe(config).splitlines())
+
+
+@pytest.mark.parametrize("name", recipe_names("train"))
+def test_every_recipe_tells_its_memory(name, hub):
+    places = ["data.path=none"] if "wikitext2" in name else []
+    assert "activations 0." in dry(name, "scale=tiny", *places)["memory a device"]
+
+
+@pytest.mark.parametrize("trainer", group_choices()["trainer"])
+def test_every_trainer_tells_its_memory(trainer):
+    assert "activations 0." in dry("quickstart", f"trainer={trainer}", "trainer.devices=2")["memory a device"]
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "trained"),
+    [
+        ("pg19_dense", 8_030_261_248, 8_030_261_248),
+        ("pg19_dense_lora", 8_043_892_736, 13_631_488),
+        ("wikitext2_sentinel_lora", 2_783_733_760, 7_869_440),
+        ("xsum_gca", 145_980_672, 145_980_672),
+    ],
+)
+def test_models_that_are_loaded(name, parameters, trained, hub):
+    places = ["data.path=none"] if "wikitext2" in name else []
+    lines = dry(name, *places)
+    assert f"{parameters:,}, trainable {trained:,}" in lines["parameters"]
+    assert "not known" not in lines["memory a device"]
