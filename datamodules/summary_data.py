@@ -20,7 +20,7 @@ from datamodules.summarization import Alignment, LossOn, SummaryLayout
 from datamodules.summary_batches import SummaryBatches
 from datamodules.summary_store import SummaryStore, open_summaries
 
-BOUND = ("identity", "layout", "seed", "accumulate_grad_batches", "samples_per_step")
+BOUND = ("identity", "layout", "seed", "samples_per_step")
 
 
 class SummarizationDataModule(pl.LightningDataModule):
@@ -190,7 +190,8 @@ class SummarizationDataModule(pl.LightningDataModule):
         if state_dict["micro_batch"]:
             raise ValueError(
                 f"the checkpoint was written inside optimiser step {state_dict['step']}, after micro-batch "
-                f"{state_dict['micro_batch']} of {self.accumulate}: resume from one written after a step"
+                f"{state_dict['micro_batch']} of {state_dict['accumulate_grad_batches']}: resume from one written after "
+                "a step"
             )
         self.start_step = int(state_dict["step"])
 
