@@ -2,8 +2,8 @@
 
 Notable: of a causal block of rows only the columns that some row may see are scored. A group of columns whose maximum
 is not among the best K cannot hold a winner, so the exact selection looks at K groups. A decoding row over
-millions of landmarks goes through them in blocks of columns, converting one block at a time. Blocks are cut at fixed
-rows of the sequence and a slice of it multiplies whole blocks: products of the same shape give the same bits.
+millions of landmarks goes through them in blocks of columns, converting one block at a time. The rows of a sequence
+are cut at fixed numbers, and a slice multiplies whole blocks: products of the same shape give the same bits.
 
 Legend: B batch, N queries, R rows of a block, E stored chunks, W columns of a block, M model width, K retrieved chunks.
 """
@@ -22,6 +22,8 @@ from kernels.gca.noise import gumbel
 GROUP = 32
 # Scores of a block: on a CPU they stay in the second level cache, on a GPU they keep it busy.
 BLOCK = {"cpu": 2**20, "cuda": 2**22}
+# Rows of a block of a sequence, however long it is and whoever holds it.
+ROWS = 128
 # Elements of landmarks that are converted at a time.
 CONVERTED = 2**22
 
@@ -32,17 +34,17 @@ class Place:
 
     first: int
     """Number of the first query."""
-    stop: int
-    """Behind the last row; blocks of rows end there."""
     offset: int
     """Chunk number of row 0 of a causal selection."""
+    fixed: bool
+    """Whether blocks of rows are cut at fixed numbers."""
 
     @classmethod
     def make(cls, num_rows: int, num_chunks: int, first_row: int | None) -> "Place":
-        """Place a slice at its rows (one row a chunk); queries that are no slice, at the last chunks."""
+        """Place a slice at its rows; queries that are no slice, at the last chunks."""
         if first_row is None:
-            return cls(0, num_rows, num_chunks - num_rows)
-        return cls(first_row, max(num_chunks, first_row + num_rows), 0)
+            return cls(0, num_chunks - num_rows, False)
+        return cls(first_row, 0, True)
 
     def own(self, rows: slice) -> slice:
         """Return where the queries of some rows stand among the queries."""
@@ -52,8 +54,8 @@ class Place:
         """Yield blocks of rows, and which of them are queries."""
         last = self.first + num_rows
         for start in range(self.first - self.first % step, last, step):
-            stop = min(start + step, self.stop)
-            yield slice(start, stop), slice(max(start, self.first), min(stop, last))
+            stop = min(start + step, last)
+            yield slice(start, start + step if self.fixed else stop), slice(max(start, self.first), stop)
 
 
 @dataclass(frozen=True)
@@ -69,11 +71,12 @@ class Rules:
     place: Place
 
     def stop(self, rows: slice, num_chunks: int) -> int:
-        """Return the column after the last one that a row of the block may see."""
+        """Return the column after the last one that a row of the block may see; it may lie behind the chunks."""
         if self.visible is not None:
             return num_chunks
         last = max(0, self.place.offset + rows.stop - 1)  # no row of the block sees more than its last one
-        return min(num_chunks, last + -last % GROUP)
+        last += -last % GROUP
+        return last if self.place.fixed else min(num_chunks, last)
 
     def noisy(self, scores: Tensor, rows: slice, columns: slice) -> Tensor:
         """Return ``scores + noise`` ``[B, R, W]`` in their dtype, -inf where hidden; may change its argument."""
@@ -133,16 +136,18 @@ def select(q: Tensor, landmarks: Tensor, top_k: int, rules: Rules) -> tuple[Tens
     batch, num_rows, width = q.shape
     indices = torch.full((batch, num_rows, top_k), -1, dtype=torch.int32, device=q.device)
     scores = torch.full((batch, num_rows, top_k), float("-inf"), dtype=q.dtype, device=q.device)
-    step = max(1, _block(q) // max(1, batch * landmarks.shape[1]))
+    fixed = rules.place.fixed
+    step = ROWS if fixed else max(1, _block(q) // max(1, batch * landmarks.shape[1]))
     # Read once, landmarks are converted block by block; else all of them, once.
-    keys = landmarks if rules.place.stop <= step else landmarks.to(q.dtype)
+    keys = landmarks if num_rows <= step and not fixed else landmarks.to(q.dtype)
     for block, rows in rules.place.blocks(num_rows, step):
         own, around = rules.place.own(rows), (rows.start - block.start, block.stop - rows.stop)
-        query = torch.nn.functional.pad(q[:, own] * width**-0.5, (0, 0, *around))
+        query = q[:, own] * width**-0.5
+        query = torch.nn.functional.pad(query, (0, 0, *around)) if any(around) else query
         found = None
         for columns in _column_blocks(query, keys, rules.stop(block, keys.shape[1])):
-            products = _product(query, keys[:, columns].to(q.dtype)).narrow(1, around[0], rows.stop - rows.start)
-            part = _best(products, rules.noisy(products, rows, columns), columns, top_k)
+            scores_of_block = _scores(query, keys, columns).narrow(1, around[0], rows.stop - rows.start)
+            part = _best(scores_of_block, rows, columns.start, top_k, rules)
             found = part if found is None else found.merge(part, top_k)
         if found is not None:
             filled, slots = found.noisy > float("-inf"), slice(0, found.noisy.shape[-1])
@@ -161,12 +166,22 @@ def _column_blocks(query: Tensor, keys: Tensor, stop: int) -> Iterator[slice]:
     if keys.dtype != query.dtype:
         step = min(step, CONVERTED // (batch * width))
     step = max(GROUP, step - step % GROUP)
-    return (slice(start, min(start + step, stop)) for start in range(0, stop, step))
+    return (slice(start, min(start + step, stop)) for start in range(0, min(stop, keys.shape[1]), step))
 
 
-def _best(scores: Tensor, noisy: Tensor, columns: slice, top_k: int) -> _Found:
+def _scores(query: Tensor, keys: Tensor, columns: slice) -> Tensor:
+    """Multiply as if all the columns were there; returns the scores ``[B, R, W]`` of those that are."""
+    part = keys[:, columns].to(query.dtype)
+    there, missing = part.shape[1], columns.stop - columns.start - part.shape[1]
+    if not missing:
+        return _product(query, part)
+    return _product(query, torch.nn.functional.pad(part, (0, 0, 0, missing)))[..., :there]
+
+
+def _best(scores: Tensor, rows: slice, first_column: int, top_k: int, rules: Rules) -> _Found:
+    noisy = rules.noisy(scores, rows, slice(first_column, first_column + scores.shape[-1]))
     best, place = top(noisy, min(top_k, scores.shape[-1]))
-    return _Found(best, scores.gather(-1, place), place + columns.start)
+    return _Found(best, scores.gather(-1, place), place + first_column)
 
 
 def _product(query: Tensor, keys: Tensor) -> Tensor:

@@ -7,8 +7,8 @@ from kernels.gca import chunk_weights, retrieve_chunks
 from kernels.gca.noise import row_seeds
 from kernels.gca.selection import BLOCK
 
-CUTS = [(0, 1), (1, 8), (8, 47), (47, 48), (48, 83)]
-ROWS, CHUNKS = 83, 90
+CUTS = [(0, 1), (1, 8), (8, 47), (47, 48), (48, 150), (150, 183)]
+ROWS, CHUNKS = 183, 190
 SEEDS = row_seeds(3, torch.tensor([5, 2]))
 
 
@@ -44,7 +44,7 @@ def forms():
     }
 
 
-@pytest.mark.parametrize("block", [5 * 180, 2**20])  # scores of a block: five rows, all of them
+@pytest.mark.parametrize("block", [32 * 256, 2**20])  # scores of a block: 32 columns of 128 rows, all of them
 @pytest.mark.parametrize("dtype,store", [(torch.float32, None), (torch.float32, torch.bfloat16), (torch.float64, None)])
 def test_slices_choose_as_the_whole_does(monkeypatch, sequence, block, dtype, store):
     monkeypatch.setitem(BLOCK, "cpu", block)
@@ -58,12 +58,19 @@ def test_slices_choose_as_the_whole_does(monkeypatch, sequence, block, dtype, st
                 assert torch.equal(torch.cat(part, 1), wanted), (name, grad)
 
 
-def test_the_whole_is_no_slice(sequence):
+@pytest.mark.parametrize("block", [32 * 256, 2**20])  # scores of a block: 32 columns of 128 rows, all of them
+def test_the_whole_is_no_slice(monkeypatch, sequence, block):
     """As many chunks as rows: number 0 changes nothing. A row sees the chunks before its number."""
+    monkeypatch.setitem(BLOCK, "cpu", block)
     queries, landmarks, _ = sequence(chunks=ROWS)
-    expected = retrieve_chunks(queries, landmarks, 4, noise="gumbel", generator=SEEDS)
-    for result, wanted in zip(retrieve(queries, landmarks, noise="gumbel"), expected, strict=True):
-        assert torch.equal(result, wanted)
+    expected = retrieve(queries, landmarks, noise="gumbel")
+    indices, scores = retrieve_chunks(queries, landmarks, 4, noise="gumbel", generator=SEEDS)
+    assert torch.equal(indices, expected[0])
+    torch.testing.assert_close(scores, expected[1], atol=2e-6, rtol=0)  # other blocks, other rounding
+    for rows in CUTS:  # chunks that no row of the slice sees need not be there
+        known = landmarks[:, : rows[1]]
+        for result, wanted in zip(retrieve(queries, known, rows, noise="gumbel"), expected, strict=True):
+            assert torch.equal(result, wanted[:, slice(*rows)])
     indices, _ = retrieve_chunks(queries[:, :3], landmarks, 8, first_row=5)
     assert (indices >= 0).sum(-1).tolist() == [[5, 6, 7]] * 2
     assert indices.amax(-1).tolist() == [[4, 5, 6]] * 2
