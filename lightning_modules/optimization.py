@@ -86,6 +86,18 @@ class Optimization:
         return self.lr * (self.min_lr_ratio + (1 - self.min_lr_ratio) * (1 + math.cos(math.pi * progress)) / 2)
 
 
+def linear_to_zero(lr: float, weight_decay: float, *, warmup_steps: int, max_steps: int | None) -> Optimization:
+    """AdamW as in Transformers' trainer: all parameters decay; the rate falls to 0, or stays without ``max_steps``."""
+    return Optimization(
+        lr=lr,
+        betas=(0.9, 0.999),
+        weight_decay=weight_decay,
+        decay="all",
+        schedule="constant" if max_steps is None else "linear",
+        warmup_steps=warmup_steps,
+    )
+
+
 def decay_groups(model: nn.Module, weight_decay: float, decay: Decay) -> list[dict[str, Any]]:
     """Split trainable parameters in a decayed and an undecayed group.
 

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from evaluation.equal_calls import EqualCalls
 from lightning_modules.fine_tuning import build_model, mixed_seed
 from lightning_modules.optimization import Optimization
+from lightning_modules.short_contexts import ShortContexts
 from lightning_modules.summed_loss import SummedLossModule
+from lightning_modules.weighting_choice import as_weighting
 from lightning_modules.weighting_metrics import Sums, add_sums, reduce_sums, weighting_report, weighting_sums
-from losses.base_scoring import plan_windows, score_base_nll, unpack_scores
+from losses.base_scoring import unpack_scores
 from losses.output_head import hidden_states, output_head, verify_head
 from losses.token_weights import TokenWeighting, weighted_nll_sum
 
@@ -87,36 +88,22 @@ class TokenWeightedLM(SummedLossModule):
         compile: bool = False,
     ):
         rope = {"rope_theta": rope_theta, "context_length": context_length, "keep_rope_scaling": keep_rope_scaling}
+        rates: dict[str, Any] = {"lr": learning_rate, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(
             lambda: build_model(model, lora=lora, **rope),
-            optimization=Optimization(
-                lr=learning_rate,
-                betas=betas,
-                eps=eps,
-                weight_decay=weight_decay,
-                decay="all",
-                schedule="constant",
-                warmup_steps=warmup_steps,
-            ),
+            optimization=Optimization(**rates, decay="all", schedule="constant", warmup_steps=warmup_steps),
             max_steps=None,
             seed=seed,
             gradient_checkpointing=gradient_checkpointing,
             compile=compile,
         )
-        self.weighting = as_weighting(weighting)
         if scorer not in ("self", "frozen"):
             raise ValueError(f"scorer is one of self, frozen, got {scorer!r}")
-        self.scorer, self.chunk_size, self.position_edges = scorer, chunk_size, tuple(position_edges)
-        self.windows: dict[str, Any] = {
-            "base_length": base_length,
-            "base_stride": base_stride,
-            "tail": tail,
-            "layout": layout,
-            "windows_per_forward": windows_per_forward,
-            "bos_token_id": bos_token_id,
-            "chunk_size": chunk_size,
-        }
-        plan_windows(2 * base_length, base_length, base_stride, "align")  # refuses impossible sizes now
+        self.weighting, self.scorer = as_weighting(weighting), scorer
+        self.chunk_size, self.position_edges = chunk_size, tuple(position_edges)
+        self.contexts = ShortContexts(
+            base_length, base_stride, tail, layout, windows_per_forward, bos_token_id, chunk_size
+        )
         self.sums: Sums | None = None
         if isinstance(model, PreTrainedModel):
             self.configure_model()
@@ -162,13 +149,9 @@ class TokenWeightedLM(SummedLossModule):
             if "base_nll_bits" not in batch:
                 raise ValueError("scorer=frozen needs scores in the batch: pass scores=FOLDER to the datamodule")
             return unpack_scores(batch["base_nll_bits"])
-        # Which windows are scored depends on the rows of a rank; a layer in slices is gathered by all ranks together.
-        with EqualCalls(None if self._trainer is None else self._trainer.strategy, self.model) as calls:
-            scores = score_base_nll(self.model, batch["input_ids"], valid=batch["valid"], **self.windows)
-            calls.meet()
-        if self.weighting.parity:  # the published prefix is one target longer
-            scores[:, self.windows["base_length"] - 1 : self.windows["base_length"]] = torch.nan
-        return scores
+        strategy, valid = None if self._trainer is None else self._trainer.strategy, batch["valid"]
+        parity = self.weighting.parity
+        return self.contexts.nll(self.model, batch["input_ids"], valid, strategy=strategy, parity=parity)
 
     def generators(self, batch: Mapping[str, Tensor]) -> list[torch.Generator] | torch.Generator | None:
         """One generator for each row from (seed, sequence, step): neighbours and ranks change nothing."""
@@ -194,16 +177,3 @@ class TokenWeightedLM(SummedLossModule):
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
         """Return unweighted scores: ``nll`` float32 [B, T] and ``counted`` bool [B, T]."""
         return {"nll": self.target_nll(batch["input_ids"], batch["valid"]), "counted": batch["valid"]}
-
-
-def as_weighting(given: TokenWeighting | Mapping[str, Any] | str) -> TokenWeighting:
-    """A `TokenWeighting` from itself, its fields (with ``preset`` for those of a preset), or a preset's name."""
-    if isinstance(given, TokenWeighting):
-        return given
-    fields = {"preset": given} if isinstance(given, str) else dict(given)
-    if "preset" in fields:
-        return TokenWeighting.preset(fields.pop("preset"), **fields)
-    try:
-        return TokenWeighting(**fields)
-    except TypeError as error:
-        raise ValueError(f"weighting={fields}: {error}") from error
