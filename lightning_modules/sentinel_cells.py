@@ -5,7 +5,6 @@ Notable: cells differ in method and ratio only. Blocks, their order, steps and l
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,22 +12,22 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
-from torch import Tensor
 
-from datamodules.corpus import TokenCorpus, open_split
 from datamodules.sentinel import SentinelTextDataModule
-from datamodules.sentinel_blocks import Blocks
 from evaluation.kv_compression import compression_of
-from evaluation.results import digest, model_identity
+from evaluation.results import digest
+from lightning_modules.cell_rows import CellRows
+from lightning_modules.described_options import described_option
 from lightning_modules.kv_compression import KVCompressionLM
 from lightning_modules.learnt_parameters import LearntParameters
-from lightning_modules.published_cells import PublishedText
 from patches.compressed_rows import Method
 from patches.sentinel.sampler import SpanSampler
 from patches.sentinel.sentinels import Sentinels
 
+__all__ = ["CellTrainer", "described_option"]
 
-class CellTrainer:
+
+class CellTrainer(CellRows):
     """Train the cells of a sweep.
 
     Args:
@@ -48,7 +47,7 @@ class CellTrainer:
         models: folder of what those models have learnt, for a sweep that goes on in another process.
 
     Raises:
-        ValueError: the published protocol without text.
+        ValueError: shared ratios under the published protocol.
     """
 
     def __init__(
@@ -68,56 +67,24 @@ class CellTrainer:
         shared_ratios: Sequence[float] = (),
         models: str | None = None,
     ):
+        super().__init__(
+            data=data,
+            corpus=corpus,
+            sampler=sampler,
+            sentinels=sentinels,
+            eval_split=eval_split,
+            max_eval_blocks=max_eval_blocks,
+            text=text,
+        )
         if shared_ratios and protocol == "published":
             raise ValueError("shared_ratios belong to protocol=exact: the published one trains a model for each ratio")
         self.shared_ratios, self.models = tuple(shared_ratios), None if models is None else Path(models)
         self._shared: dict[tuple[str, int], Any] = {}
-        self.protocol, self._text = protocol, text
-        self.module, self.data, self.trainer = module, data, trainer
-        self._corpus, self.eval_split, self.max_eval_blocks = corpus, eval_split, max_eval_blocks
-        self.base_sampler, self.sentinels, self.num_sinks = sampler, sentinels, num_sinks
-
-    @functools.cached_property
-    def corpus(self) -> Path:
-        """The corpus folder."""
-        return Path(self._corpus if isinstance(self._corpus, str) else self._corpus())
-
-    @functools.cached_property
-    def eval_corpus(self) -> TokenCorpus:
-        """The split that cells are scored on."""
-        return open_split(self.corpus, self.eval_split)
-
-    def blocks(self) -> Blocks:
-        """The blocks that every cell is scored on."""
-        length = self.data(path=self.corpus, method="dense").context_length
-        return Blocks(self.eval_corpus, length, max_blocks=self.max_eval_blocks)
-
-    @functools.cached_property
-    def text(self) -> PublishedText:
-        """The text of the published protocol."""
-        assert self._text is not None
-        return PublishedText(
-            self._text,
-            self.corpus / "tokenizer",
-            self.sentinels,
-            eval_split=self.eval_split,
-            context_length=self.data(path=self.corpus, method="dense").context_length,
-            max_blocks=self.max_eval_blocks,
-        )
+        self.protocol, self.module, self.trainer, self.num_sinks = protocol, module, trainer, num_sinks
 
     def published_report(self, model: Any, method: Method, compression_ratio: float, seed: int) -> dict[str, Any]:
         """Score a cell by the published protocol."""
         return self.text.report(model, method, compression_ratio, seed=seed)
-
-    def sampler(self, compression_ratio: float) -> SpanSampler:
-        """What chooses spans at a ratio."""
-        return dataclasses.replace(self.base_sampler, compression_ratio=compression_ratio)
-
-    def spans(self, blocks: Sequence[Tensor], compression_ratio: float, seed: int) -> Any:
-        """The spans of the blocks to score; None if the sampler chooses them by length alone."""
-        sampler = self.sampler(compression_ratio)
-        data = self.data(path=self.corpus, method="dense", sampler=sampler)
-        return data.spans_to_score(blocks, sampler, self.eval_split, seed=seed)
 
     def check(self, method: Method, compression_ratio: float) -> None:
         """Refuse a cell whose spans cannot reach its ratio, before any other is trained.
@@ -199,23 +166,3 @@ def _steps(data: Callable[..., SentinelTextDataModule]) -> dict[str, Any]:
     """Options of a datamodule that say how blocks make batches and steps."""
     words = data.keywords if isinstance(data, functools.partial) else {}
     return {name: words[name] for name in ("batch_size", "max_steps", "accumulate_grad_batches") if name in words}
-
-
-def described_option(option: Any) -> Any:
-    """Return plain values that tell an option of a recipe apart; of a model folder, those of its content."""
-    if isinstance(option, functools.partial):
-        words = {name: described_option(value) for name, value in sorted(option.keywords.items())}
-        if isinstance(words.get("path"), str) and (Path(words["path"]) / "config.json").is_file():
-            words["path"] = model_identity(Path(words["path"]))
-        target = getattr(option.func, "__qualname__", repr(option.func))
-        return {"target": target, **words}
-    if dataclasses.is_dataclass(option) and not isinstance(option, type):
-        return {name: described_option(value) for name, value in dataclasses.asdict(option).items()}
-    if isinstance(option, dict):
-        return {str(name): described_option(value) for name, value in option.items()}
-    if isinstance(option, list | tuple):
-        return [described_option(value) for value in option]
-    if option is None or isinstance(option, bool | int | float | str):
-        return option
-    to_dict = getattr(option, "to_dict", None)
-    return described_option(to_dict()) if callable(to_dict) else type(option).__qualname__
