@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,15 +37,33 @@ def save_model_folder(model: PreTrainedModel | MergedModel, folder: Path, *, tok
         os.replace(new, folder)
 
 
+# What a run draws and holds its weights in, where that is not float32.
+_DTYPES = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Make a floating-point type the default of torch for a while."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 def restored_module(config: dict[str, Any], checkpoint: Path) -> Any:
     """The Lightning module of a run with the weights of a checkpoint, on the CPU, in one piece.
+
+    What a checkpoint of adapters leaves out is drawn or loaded in the precision of the run, and so as the run had it.
 
     Raises:
         ValueError: the checkpoint is damaged, or of another model.
     """
     loaded = read_checkpoint(checkpoint)
     module = build(config["module"], "module")
-    module.configure_model()
+    with default_dtype(_DTYPES.get(config["trainer"]["precision"], torch.float32)):
+        module.configure_model()
     module.on_load_checkpoint(loaded)
     module.load_state_dict(loaded["state_dict"])
     return module

@@ -72,3 +72,13 @@ def test_a_run_with_adapters(arguments, tiny_corpus, tmp_path, monkeypatch):
         train(arguments, tiny_corpus, tmp_path / "other", f"resume={half}", "module.seed=7", "export_model=false")
     half_precision = CheckpointExport(str(half), output=str(tmp_path / "bf16"), dtype="bfloat16").run(None)
     assert load_file(f"{half_precision['model']}/model.safetensors").popitem()[1].dtype == torch.bfloat16
+
+
+def test_adapters_on_weights_drawn_in_low_precision_are_exported(tiny_corpus, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run_folder = train(KV, tiny_corpus, tmp_path / "run", "trainer.precision=bf16-true", "trainer.max_steps=2")
+    exported = CheckpointExport(str(run_folder), output=str(tmp_path / "export"), dtype="bfloat16").run(None)["model"]
+    one, two = (load_file(f"{folder}/model.safetensors") for folder in (exported, run_folder / "model"))
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():  # adapters are added before what is exported is rounded, and after in the run
+        torch.testing.assert_close(tensor, two[name], rtol=2**-7, atol=1e-3)
