@@ -94,6 +94,17 @@ class NeedlePlan:
         return self.task.build(haystack, seed=seed, index=number, depth=depth)
 
 
+def stages_of(curriculum: Sequence[Sequence[int]] | None) -> list[Stage]:
+    """Return the stages of a curriculum given as ``[first step, length]`` or ``[first step, length, decoys]`` each.
+
+    Raises:
+        ValueError: anything else.
+    """
+    if any(len(stage) not in (2, 3) for stage in curriculum or []):
+        raise ValueError(f"curriculum is a list of [first step, length, decoys], got {curriculum}")
+    return [Stage(*(int(number) for number in stage)) for stage in curriculum or []]
+
+
 def check_depths(depths: Sequence[float] | None, task: NeedleTask) -> None:
     """Refuse a grid of depths that is empty, out of range, or of several needles.
 

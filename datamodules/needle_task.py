@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -81,8 +81,7 @@ def model_needle_task(
         FileNotFoundError: the corpus has no tokenizer.
         ValueError: the model has no chunks and none are given, or as `NeedleTask`.
     """
-    if vocab_range is not None and len(vocab_range) != 2:
-        raise ValueError(f"vocab_range must be two ids [low, high), got {vocab_range}")
+    values = id_range(vocab_range)
     config = AutoConfig.from_pretrained(model_path.removeprefix("hub:")).get_text_config()
     size = getattr(config, "chunk_size", None) if chunk_size is None else chunk_size
     if size is None:
@@ -95,12 +94,25 @@ def model_needle_task(
         chunk_size=size,
         pad_token_id=pad,
         special_token_ids=special,
-        vocab_range=None if vocab_range is None else (vocab_range[0], vocab_range[1]),
+        vocab_range=values,
         key_length=key_length,
         num_hops=num_hops,
         num_distractors=num_distractors,
         align_question=align_question,
     )
+
+
+def id_range(vocab_range: Sequence[int] | None) -> tuple[int, int] | None:
+    """Return ``[low, high)`` as a recipe gives it; None is left to the tokenizer.
+
+    Raises:
+        ValueError: not two ids.
+    """
+    if vocab_range is None:
+        return None
+    if len(vocab_range) != 2:
+        raise ValueError(f"vocab_range must be two ids [low, high), got {vocab_range}")
+    return vocab_range[0], vocab_range[1]
 
 
 def text_range(vocab_size: int, special: Collection[int]) -> tuple[int, int]:

@@ -10,18 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from datamodules.corpus_format import digest
-from datamodules.loading import PlainStateLoader, make_loader
+from datamodules.loading import PlainStateLoader
 from datamodules.needle_batches import (
     LossOn,
     NeedleBatches,
     NeedlePlan,
     NeedleValidation,
-    Stage,
     check_needle_length,
+    stages_of,
 )
-from datamodules.needle_task import corpus_needle_task
+from datamodules.needle_task import corpus_needle_task, id_range
 from datamodules.niah import Kind, NeedleTask
 from datamodules.packed_text import PackedTextDataModule
+from datamodules.step_data import check_counts
 
 __all__ = ["NeedleDataModule"]
 
@@ -106,26 +107,15 @@ class NeedleDataModule(PackedTextDataModule):
             num_workers=num_workers,
             pin_memory=pin_memory,
         )
-        if eval_samples < 1:
-            raise ValueError(f"eval_samples must be at least 1, got {eval_samples}")
-        if vocab_range is not None and len(vocab_range) != 2:
-            raise ValueError(f"vocab_range must be two ids [low, high), got {vocab_range}")
+        check_counts({"eval_samples": eval_samples}, not_negative={"seed": seed})
         self.eval_samples, self.loss_on, self.depths = eval_samples, loss_on, depths
-        if any(len(stage) not in (2, 3) for stage in curriculum or []):
-            raise ValueError(f"curriculum is a list of [first step, length, decoys], got {curriculum}")
-        self.curriculum = [Stage(*(int(number) for number in stage)) for stage in curriculum or []]
+        self.kind, self.curriculum = kind, stages_of(curriculum)
         self.key_length = key_length
         self.eval_key_length = key_length if eval_key_length is None else eval_key_length
-        self.task_options: dict[str, Any] = {
-            "chunk_size": chunk_size,
-            "pad_token_id": pad_token_id,
-            "num_hops": num_hops,
-            "num_distractors": num_distractors,
-            "vocab_range": None if vocab_range is None else (vocab_range[0], vocab_range[1]),
-            "special_token_ids": special_token_ids or [],
-            "align_question": align_question,
-        }
-        self.kind: Kind = kind
+        self.task_options: dict[str, Any] = {"chunk_size": chunk_size, "pad_token_id": pad_token_id}
+        self.task_options |= {"num_hops": num_hops, "num_distractors": num_distractors}
+        self.task_options |= {"vocab_range": id_range(vocab_range), "special_token_ids": special_token_ids or []}
+        self.task_options["align_question"] = align_question
         self._plans: dict[int, NeedlePlan] = {}
 
     def needles(self, key_length: int) -> NeedlePlan:
@@ -157,8 +147,7 @@ class NeedleDataModule(PackedTextDataModule):
         """All micro-batches of the run as one epoch, from the resumed step on."""
         needles = self.needles(self.key_length)
         dataset = NeedleBatches(self.train_corpus, self.plan, needles, share=self._share())
-        start = min(self.start_step * self.plan.accumulate, len(dataset))
-        return make_loader(dataset, start=start, num_workers=self.num_workers, pin_memory=self.pin_memory)
+        return self._training_loader(dataset)
 
     def validation_protocol(self) -> dict[str, Any]:
         """What validation numbers depend on besides the weights."""
@@ -201,4 +190,4 @@ class NeedleDataModule(PackedTextDataModule):
             batch_size=max(1, self.eval_batch_tokens // length),
             share=self._share(),
         )
-        return make_loader(dataset, num_workers=self.num_workers, pin_memory=self.pin_memory)
+        return self._validation_loader_of(dataset)

@@ -7,16 +7,15 @@ score the same tokens.
 
 from __future__ import annotations
 
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_warn
 
 from datamodules.batch import TokenBatch
 from datamodules.corpus import TokenCorpus, open_split
-from datamodules.loading import PlainStateLoader, Share, TrainingBatches, TrainingPlan, ValidationBatches, make_loader
+from datamodules.loading import PlainStateLoader, TrainingBatches, TrainingPlan, ValidationBatches
+from datamodules.step_data import StepDataModule, check_counts
 from datamodules.windows import validation_rows, window_start
 
 __all__ = ["PackedTextDataModule", "TokenBatch", "TokenCorpus", "window_start"]
@@ -24,7 +23,7 @@ __all__ = ["PackedTextDataModule", "TokenBatch", "TokenCorpus", "window_start"]
 DOCUMENT_MODES = ("stream", "packed")
 
 
-class PackedTextDataModule(pl.LightningDataModule):
+class PackedTextDataModule(StepDataModule[TokenCorpus]):
     """Random training windows and consecutive validation windows of a corpus folder.
 
     Args:
@@ -65,15 +64,18 @@ class PackedTextDataModule(pl.LightningDataModule):
         num_workers: int = 0,
         pin_memory: bool = False,
     ):
-        super().__init__()
-        self.path, self.train_split, self.validation_split = Path(path), train_split, validation_split
+        super().__init__(
+            path,
+            splits=(train_split, validation_split),
+            accumulate=accumulate_grad_batches,
+            num_workers=num_workers,
+            pin_memory=pin_memory,
+        )
         self.plan = TrainingPlan(context_length, batch_size, seed, max_steps, accumulate_grad_batches)
         self.documents = documents
         self.eval_lengths = [context_length] if eval_lengths is None else list(eval_lengths)
         self.eval_batch_tokens = batch_size * context_length if eval_batch_tokens is None else eval_batch_tokens
         self.max_eval_tokens = max_eval_tokens
-        self.num_workers, self.pin_memory = num_workers, pin_memory
-        self.start_step = 0
         self._check_options()
 
     def _check_options(self) -> None:
@@ -85,34 +87,17 @@ class PackedTextDataModule(pl.LightningDataModule):
             "max_steps": plan.max_steps,
             "accumulate_grad_batches": plan.accumulate,
             "eval_batch_tokens": self.eval_batch_tokens,
-            "max_eval_tokens": 1 if self.max_eval_tokens is None else self.max_eval_tokens,
+            "max_eval_tokens": self.max_eval_tokens,
             "every number in eval_lengths": min(self.eval_lengths, default=0),
         }
-        for name, value in counts.items():
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        if plan.seed < 0 or self.num_workers < 0:
-            raise ValueError(f"seed and num_workers must not be negative, got {plan.seed} and {self.num_workers}")
+        check_counts(counts, not_negative={"seed": plan.seed, "num_workers": self.num_workers})
         if len(set(self.eval_lengths)) != len(self.eval_lengths):
             raise ValueError(f"eval_lengths must differ from each other, got {self.eval_lengths}")
         if self.documents not in DOCUMENT_MODES:
             raise ValueError(f"documents is one of {', '.join(DOCUMENT_MODES)}, got {self.documents}")
 
-    @cached_property
-    def train_corpus(self) -> TokenCorpus:
-        """The training split, opened on first use."""
-        return open_split(self.path, self.train_split)
-
-    @cached_property
-    def validation_corpus(self) -> TokenCorpus:
-        """The validation split, opened on first use."""
-        return open_split(self.path, self.validation_split)
-
-    @property
-    def tokenizer_path(self) -> str | None:
-        """Tokenizer folder of the corpus, None if it has none."""
-        folder = self.path / "tokenizer"
-        return str(folder) if folder.is_dir() else None
+    def _open(self, split: str) -> TokenCorpus:
+        return open_split(self.path, split)
 
     @property
     def tokens_per_step(self) -> int:
@@ -136,17 +121,17 @@ class PackedTextDataModule(pl.LightningDataModule):
 
         Raises:
             FileNotFoundError: a split is missing.
-            ValueError: a split is damaged or shorter than a window, or the two have different tokenizers.
+            ValueError: a split is damaged or shorter than a window, the two have different tokenizers, or the trainer
+                accumulates otherwise.
         """
         if stage in (None, "fit"):
+            self._check_fit()
             corpus, length = self.train_corpus, self.plan.context_length
             if len(corpus) < length:
                 raise ValueError(
                     f"{corpus.path} has {len(corpus)} tokens, fewer than context_length={length}: "
                     "use a shorter context or more text"
                 )
-            if corpus.meta.get("tokenizer") != self.validation_corpus.meta.get("tokenizer"):
-                raise ValueError(f"the splits {self.train_split} and {self.validation_split} have different tokenizers")
         for eval_length in self.eval_lengths:
             self._validation_rows(eval_length)
 
@@ -155,8 +140,7 @@ class PackedTextDataModule(pl.LightningDataModule):
         dataset = TrainingBatches(
             self.train_corpus, self.plan, share=self._share(), with_documents=self.documents == "packed"
         )
-        start = min(self.start_step * self.plan.accumulate, len(dataset))
-        return make_loader(dataset, start=start, num_workers=self.num_workers, pin_memory=self.pin_memory)
+        return self._training_loader(dataset)
 
     def val_dataloader(self) -> list[PlainStateLoader]:
         """One loader per evaluation length; all score the same targets, each once."""
@@ -166,8 +150,7 @@ class PackedTextDataModule(pl.LightningDataModule):
         """Say where the data stands, and which data it is."""
         plan = self.plan
         return {
-            "step": self.start_step if self.trainer is None else self.trainer.global_step,
-            "micro_batch": self._micro_batch(),
+            **self._position(),
             "identity": self.train_corpus.identity,
             "seed": plan.seed,
             "accumulate_grad_batches": plan.accumulate,
@@ -182,37 +165,11 @@ class PackedTextDataModule(pl.LightningDataModule):
             ValueError: the checkpoint was made with another corpus or seed, or in the middle of an optimiser step,
                 whose gradient so far is lost.
         """
-        if state_dict["micro_batch"]:
-            raise ValueError(
-                f"the checkpoint was written inside optimiser step {state_dict['step']}, after micro-batch "
-                f"{state_dict['micro_batch']} of {state_dict['accumulate_grad_batches']}: "
-                "resume from one written after a step"
-            )
+        self._go_on(state_dict, bound=("identity", "seed"))
         mine = self.state_dict()
-        for name in ("identity", "seed"):
-            if state_dict[name] != mine[name]:
-                meaning = "corpus identity" if name == "identity" else name
-                raise ValueError(
-                    f"the checkpoint was trained with another {meaning}: {state_dict[name]}, now {mine[name]}; "
-                    "resume with the old one or start a new run"
-                )
         for name in ("context_length", "samples_per_step"):
             if state_dict[name] != mine[name]:
                 rank_zero_warn(f"{name} was {state_dict[name]} and is now {mine[name]}: other windows will be drawn")
-        self.start_step = int(state_dict["step"])
-
-    def _share(self) -> Share:
-        if self.trainer is None:
-            return Share()
-        # Strategies that split more than the batch (tensor parallelism) know the data-parallel rank.
-        ranks = getattr(self.trainer.strategy, "distributed_sampler_kwargs", {"rank": 0, "num_replicas": 1})
-        return Share(ranks["rank"], ranks["num_replicas"])
-
-    def _micro_batch(self) -> int:
-        """Return how many micro-batches of the unfinished optimiser step are done."""
-        if self.trainer is None:
-            return 0
-        return int(self.trainer.fit_loop.epoch_loop.batch_progress.current.processed % self.plan.accumulate)
 
     def _validation_rows(self, length: int) -> list[Any]:
         available = len(self.validation_corpus)
@@ -226,4 +183,4 @@ class PackedTextDataModule(pl.LightningDataModule):
             share=self._share(),
             with_documents=self.documents == "packed",
         )
-        return make_loader(dataset, num_workers=self.num_workers, pin_memory=self.pin_memory)
+        return self._validation_loader_of(dataset)

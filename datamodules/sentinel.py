@@ -13,14 +13,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 from torch import Tensor
 
 from datamodules.corpus import TokenCorpus, open_split
-from datamodules.loading import PlainStateLoader, Share, make_loader
+from datamodules.loading import PlainStateLoader
 from datamodules.scored_batches import SequencePlan
 from datamodules.sentinel_blocks import BlockBatches, Blocks, PlainCollator, SentinelCollator
 from datamodules.span_hints import SpanHints, hinted_spans
+from datamodules.step_data import StepDataModule, check_counts
 from patches.compressed_rows import METHODS, Method
 from patches.sentinel.sampler import RECENT, SpanSampler, max_compression_ratio
 from patches.sentinel.sentinels import Sentinels
@@ -30,7 +30,7 @@ DEFAULT_SAMPLER = SpanSampler()
 __all__ = ["Blocks", "PlainCollator", "SentinelCollator", "SentinelTextDataModule"]
 
 
-class SentinelTextDataModule(pl.LightningDataModule):
+class SentinelTextDataModule(StepDataModule[TokenCorpus]):
     """Consecutive blocks of a corpus folder, shuffled every epoch, and those of its validation split in order.
 
     Batches hold ``input_ids`` [B, S]; for ``sentinel`` also ``kind`` and ``span``; for ``scattered`` ``keep``; in
@@ -82,28 +82,28 @@ class SentinelTextDataModule(pl.LightningDataModule):
         num_workers: int = 0,
         pin_memory: bool = False,
     ):
-        super().__init__()
-        self.path, self.train_split, self.validation_split = Path(path), train_split, validation_split
+        super().__init__(
+            path,
+            splits=(train_split, validation_split),
+            accumulate=accumulate_grad_batches,
+            num_workers=num_workers,
+            pin_memory=pin_memory,
+        )
         self.sentinels, self.method, self.sampler = sentinels, method, sampler
         self.context_length, self.batch_size = context_length, batch_size
-        self.max_steps, self.accumulate, self.seed = max_steps, accumulate_grad_batches, seed
+        self.max_steps, self.seed = max_steps, seed
         self.resample, self.ratios, self.max_eval_blocks = resample, tuple(ratios), max_eval_blocks
         self.span_scores = span_scores
-        self.num_workers, self.pin_memory = num_workers, pin_memory
-        self.start_step = 0
         self._check_options()
 
     def _check_options(self) -> None:
-        numbers = {
+        counts = {
             "batch_size": self.batch_size,
             "max_steps": self.max_steps,
             "accumulate_grad_batches": self.accumulate,
+            "max_eval_blocks": self.max_eval_blocks,
         }
-        if self.max_eval_blocks is not None:
-            numbers["max_eval_blocks"] = self.max_eval_blocks
-        for name, value in numbers.items():
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        check_counts(counts, not_negative={"seed": self.seed, "num_workers": self.num_workers})
         if self.context_length < 2:
             raise ValueError(f"context_length must be at least 2 (a token and its target), got {self.context_length}")
         if self.method not in METHODS:
@@ -136,15 +136,8 @@ class SentinelTextDataModule(pl.LightningDataModule):
                 f"remove at most {reached:.4f}; lower it, or raise sampler.max_length"
             )
 
-    @cached_property
-    def train_corpus(self) -> TokenCorpus:
-        """The training split, opened on first use."""
-        return open_split(self.path, self.train_split)
-
-    @cached_property
-    def validation_corpus(self) -> TokenCorpus:
-        """The validation split, opened on first use."""
-        return open_split(self.path, self.validation_split)
+    def _open(self, split: str) -> TokenCorpus:
+        return open_split(self.path, split)
 
     @cached_property
     def train_blocks(self) -> Blocks:
@@ -160,12 +153,6 @@ class SentinelTextDataModule(pl.LightningDataModule):
     def eval_lengths(self) -> list[int]:
         """Lengths of validation: that of a block."""
         return [self.context_length]
-
-    @property
-    def tokenizer_path(self) -> str | None:
-        """Tokenizer folder of the corpus, None if it has none."""
-        folder = self.path / "tokenizer"
-        return str(folder) if folder.is_dir() else None
 
     @property
     def tokens_per_step(self) -> int:
@@ -193,15 +180,8 @@ class SentinelTextDataModule(pl.LightningDataModule):
                 accumulates otherwise.
         """
         if stage in (None, "fit"):
-            accumulate = self.accumulate if self.trainer is None else self.trainer.accumulate_grad_batches
-            if accumulate != self.accumulate:
-                raise ValueError(
-                    f"the trainer has accumulate_grad_batches={accumulate} and the data {self.accumulate}: "
-                    "give both the same"
-                )
+            self._check_fit()
             _ = self.train_blocks
-            if self.train_corpus.meta.get("tokenizer") != self.validation_corpus.meta.get("tokenizer"):
-                raise ValueError(f"the splits {self.train_split} and {self.validation_split} have different tokenizers")
         _ = self.validation_blocks
 
     def train_dataloader(self) -> PlainStateLoader:
@@ -218,13 +198,13 @@ class SentinelTextDataModule(pl.LightningDataModule):
         length = self.max_steps * self.accumulate
         collates = [self.collator(sampler, self.train_split, resample=self.resample) for sampler in self._samplers()]
         dataset = BlockBatches(self.train_blocks, plan, *collates, length=length)
-        return self._loader(dataset, start=min(self.start_step * self.accumulate, length))
+        return self._training_loader(dataset)
 
     def val_dataloader(self) -> PlainStateLoader:
         """The validation blocks in order, each once over all ranks; their spans are always the same."""
         plan = SequencePlan(len(self.validation_blocks), self.batch_size, share=self._share())
         collate = self.collator(self.sampler, self.validation_split, resample=False)
-        return self._loader(BlockBatches(self.validation_blocks, plan, collate))
+        return self._validation_loader_of(BlockBatches(self.validation_blocks, plan, collate))
 
     def _samplers(self) -> list[SpanSampler]:
         """The samplers that micro-batches of training take in turn."""
@@ -252,35 +232,20 @@ class SentinelTextDataModule(pl.LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         """Say where the data stands, and which data it is."""
         return {
-            "step": self.start_step if self.trainer is None else self.trainer.global_step,
+            **self._position(),
             "identity": self.train_corpus.identity,
             "seed": self.seed,
             "context_length": self.context_length,
             "blocks_per_step": self._share().num_ranks * self.accumulate * self.batch_size,
+            "accumulate_grad_batches": self.accumulate,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Start the next training loader at the stored step.
 
         Raises:
-            ValueError: the checkpoint was made with other data or another order.
+            ValueError: the checkpoint was made with other data or another order, or in the middle of an optimiser step.
         """
-        mine = self.state_dict()
-        for name in sorted(mine.keys() - {"step"}):
-            if state_dict[name] != mine[name]:
-                raise ValueError(
-                    f"the checkpoint was trained with another {name}: {state_dict[name]}, now {mine[name]}; "
-                    "resume with the old one or start a new run"
-                )
-        self.start_step = int(state_dict["step"])
-
-    def _share(self) -> Share:
-        if self.trainer is None:
-            return Share()
-        # Strategies that split more than the batch (tensor parallelism) know the data-parallel rank.
-        ranks = getattr(self.trainer.strategy, "distributed_sampler_kwargs", {"rank": 0, "num_replicas": 1})
-        return Share(ranks["rank"], ranks["num_replicas"])
-
-    def _loader(self, dataset: BlockBatches, start: int = 0) -> PlainStateLoader:
-        data: Any = dataset
-        return make_loader(data, start=start, num_workers=self.num_workers, pin_memory=self.pin_memory)
+        bound = ("identity", "seed", "context_length", "blocks_per_step")
+        # Which ratio a block is read at depends on its micro-batch.
+        self._go_on(state_dict, bound=(*bound, "accumulate_grad_batches") if self.ratios else bound)

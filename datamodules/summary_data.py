@@ -7,15 +7,14 @@ optimiser step, by which the loss is divided: a long summary counts for as much 
 
 from __future__ import annotations
 
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_warn
 
-from datamodules.loading import PlainStateLoader, Share, make_loader
+from datamodules.loading import PlainStateLoader
 from datamodules.scored_batches import SequencePlan
+from datamodules.step_data import StepDataModule, check_counts
 from datamodules.summarization import Alignment, LossOn, SummaryLayout
 from datamodules.summary_batches import SummaryBatches
 from datamodules.summary_store import SummaryStore, open_summaries
@@ -23,7 +22,7 @@ from datamodules.summary_store import SummaryStore, open_summaries
 BOUND = ("identity", "layout", "seed", "samples_per_step")
 
 
-class SummarizationDataModule(pl.LightningDataModule):
+class SummarizationDataModule(StepDataModule[SummaryStore]):
     """Rows ``document |Summary: summary <eos>`` of a folder made by ``python -m preprocess.summarization``.
 
     Args:
@@ -68,19 +67,20 @@ class SummarizationDataModule(pl.LightningDataModule):
         num_workers: int = 0,
         pin_memory: bool = False,
     ):
-        super().__init__()
+        super().__init__(
+            path,
+            splits=(train_split, validation_split),
+            accumulate=accumulate_grad_batches,
+            num_workers=num_workers,
+            pin_memory=pin_memory,
+        )
         counts = {"context_length": context_length, "batch_size": batch_size, "max_steps": max_steps}
         counts |= {"accumulate_grad_batches": accumulate_grad_batches}
-        for name, value in (counts | {"max_eval_pairs": 1 if max_eval_pairs is None else max_eval_pairs}).items():
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        if seed < 0 or num_workers < 0:
-            raise ValueError(f"seed and num_workers must not be negative, got {seed} and {num_workers}")
-        self.path, self.train_split, self.validation_split = Path(path), train_split, validation_split
-        self.batch_size, self.max_steps, self.accumulate = batch_size, max_steps, accumulate_grad_batches
-        self.seed, self.max_eval_pairs = seed, max_eval_pairs
-        self.num_workers, self.pin_memory = num_workers, pin_memory
-        self.eval_lengths, self.start_step = [context_length], 0
+        check_counts(
+            {**counts, "max_eval_pairs": max_eval_pairs}, not_negative={"seed": seed, "num_workers": num_workers}
+        )
+        self.batch_size, self.max_steps, self.seed = batch_size, max_steps, seed
+        self.max_eval_pairs, self.eval_lengths = max_eval_pairs, [context_length]
         self.options: dict[str, Any] = {
             "max_length": context_length,
             "max_summary_length": max_summary_length,
@@ -91,21 +91,8 @@ class SummarizationDataModule(pl.LightningDataModule):
         }
         SummaryLayout((0,), **self.options)  # refuses impossible sizes now
 
-    @cached_property
-    def train_corpus(self) -> SummaryStore:
-        """The training pairs, opened on first use."""
-        return open_summaries(self.path, split=self.train_split)
-
-    @cached_property
-    def validation_corpus(self) -> SummaryStore:
-        """The validation pairs, opened on first use."""
-        return open_summaries(self.path, split=self.validation_split)
-
-    @property
-    def tokenizer_path(self) -> str | None:
-        """Tokenizer folder of the pairs, None if it is gone."""
-        folder = self.path / "tokenizer"
-        return str(folder) if folder.is_dir() else None
+    def _open(self, split: str) -> SummaryStore:
+        return open_summaries(self.path, split=split)
 
     def layout(self, store: SummaryStore, **changes: Any) -> SummaryLayout:
         """Return how rows of a store are laid out."""
@@ -126,11 +113,11 @@ class SummarizationDataModule(pl.LightningDataModule):
 
         Raises:
             FileNotFoundError: a split is missing.
-            ValueError: a split is damaged, the two have different tokenizers, or the marker does not fit.
+            ValueError: a split is damaged, the two have different tokenizers, the marker does not fit, or the trainer
+                accumulates otherwise.
         """
         if stage in (None, "fit"):
-            if self.train_corpus.meta["tokenizer"] != self.validation_corpus.meta["tokenizer"]:
-                raise ValueError(f"the splits {self.train_split} and {self.validation_split} have different tokenizers")
+            self._check_fit()
             layout = self.layout(self.train_corpus)
             cut = int((self.train_corpus.summary_lengths >= layout.max_summary_length).sum())
             if cut:
@@ -150,8 +137,7 @@ class SummarizationDataModule(pl.LightningDataModule):
             length=self.max_steps * self.accumulate,
             training=True,
         )
-        start = min(self.start_step * self.accumulate, len(dataset))
-        return make_loader(dataset, start=start, num_workers=self.num_workers, pin_memory=self.pin_memory)
+        return self._training_loader(dataset)
 
     def val_dataloader(self) -> PlainStateLoader:
         """The validation pairs in their order, each once over all ranks."""
@@ -159,13 +145,12 @@ class SummarizationDataModule(pl.LightningDataModule):
         plan = SequencePlan(min(len(store), self.max_eval_pairs or len(store)), self.batch_size, share=self._share())
         layout = self.layout(store, loss_on="summary")
         dataset = SummaryBatches(store, layout, plan=plan, length=plan.num_micro_batches, training=False)
-        return make_loader(dataset, num_workers=self.num_workers, pin_memory=self.pin_memory)
+        return self._validation_loader_of(dataset)
 
     def state_dict(self) -> dict[str, Any]:
         """Say where the data stands, and which data it is."""
         return {
-            "step": self.start_step if self.trainer is None else self.trainer.global_step,
-            "micro_batch": self._micro_batch(),
+            **self._position(),
             "identity": self.train_corpus.identity,
             "layout": dict(self.options),
             "seed": self.seed,
@@ -180,20 +165,7 @@ class SummarizationDataModule(pl.LightningDataModule):
             ValueError: the checkpoint was made with other pairs, rows or another order, or in the middle of an
                 optimiser step, whose gradient so far is lost.
         """
-        mine = self.state_dict()
-        for name in BOUND:
-            if state_dict[name] != mine[name]:
-                raise ValueError(
-                    f"the checkpoint was trained with another {name}: {state_dict[name]}, now {mine[name]}; "
-                    "resume with the old one or start a new run"
-                )
-        if state_dict["micro_batch"]:
-            raise ValueError(
-                f"the checkpoint was written inside optimiser step {state_dict['step']}, after micro-batch "
-                f"{state_dict['micro_batch']} of {state_dict['accumulate_grad_batches']}: resume from one written after "
-                "a step"
-            )
-        self.start_step = int(state_dict["step"])
+        self._go_on(state_dict, bound=BOUND)
 
     def _plan(self) -> SequencePlan:
         return SequencePlan(
@@ -213,16 +185,3 @@ class SummarizationDataModule(pl.LightningDataModule):
         mine = self.options["chunk_size"]
         if isinstance(size, int) and self.options["alignment"] != "none" and size != mine:
             raise ValueError(f"the model has chunks of {size} tokens, the data of {mine}: pass data.chunk_size={size}")
-
-    def _share(self) -> Share:
-        if self.trainer is None:
-            return Share()
-        # Strategies that split more than the batch (tensor parallelism) know the data-parallel rank.
-        ranks = getattr(self.trainer.strategy, "distributed_sampler_kwargs", {"rank": 0, "num_replicas": 1})
-        return Share(ranks["rank"], ranks["num_replicas"])
-
-    def _micro_batch(self) -> int:
-        """Return how many micro-batches of the unfinished optimiser step are done."""
-        if self.trainer is None:
-            return 0
-        return int(self.trainer.fit_loop.epoch_loop.batch_progress.current.processed % self.accumulate)

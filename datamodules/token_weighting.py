@@ -18,6 +18,7 @@ from datamodules.loading import OffsetSampler, PlainStateLoader, Share
 from datamodules.score_store import ScoreStore, check_sequences
 from datamodules.scored_batches import EpochSampler, ScoredBatch, SequenceBatches, SequencePlan
 from datamodules.sequence_store import SequenceStore, open_sequences
+from datamodules.step_data import check_counts, share_of
 
 __all__ = ["ScoreStore", "ScoredBatch", "ScoredSequencesDataModule", "SequenceStore"]
 
@@ -58,11 +59,10 @@ class ScoredSequencesDataModule(pl.LightningDataModule):
         pin_memory: bool = False,
     ):
         super().__init__()
-        for name, value in (("batch_size", batch_size), ("accumulate_grad_batches", accumulate_grad_batches)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        if seed < 0 or num_workers < 0:
-            raise ValueError(f"seed and num_workers must not be negative, got {seed} and {num_workers}")
+        check_counts(
+            {"batch_size": batch_size, "accumulate_grad_batches": accumulate_grad_batches},
+            not_negative={"seed": seed, "num_workers": num_workers},
+        )
         self._sequences, self._scores, self._validation = sequences, scores, validation
         self.batch_size, self.accumulate, self.seed, self.shuffle = batch_size, accumulate_grad_batches, seed, shuffle
         self.num_workers, self.pin_memory = num_workers, pin_memory
@@ -228,11 +228,7 @@ class ScoredSequencesDataModule(pl.LightningDataModule):
         return SequenceBatches(self.validation, None, plan=plan, training=False)
 
     def _share(self) -> Share:
-        if self.trainer is None:
-            return Share()
-        # Strategies that split more than the batch (tensor parallelism) know the data-parallel rank.
-        ranks = getattr(self.trainer.strategy, "distributed_sampler_kwargs", {"rank": 0, "num_replicas": 1})
-        share = Share(ranks["rank"], ranks["num_replicas"])
+        share = share_of(self.trainer)
         if share.num_ranks > 1 and self.trainer._accelerator_connector.use_distributed_sampler:
             raise ValueError(
                 f"{share.num_ranks} processes need Trainer(use_distributed_sampler=False): the datamodule deals the "

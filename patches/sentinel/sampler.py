@@ -63,62 +63,16 @@ def sample_spans(
     Raises:
         ValueError: on options that cannot be, or, with `strict`, a ratio that spans cannot reach.
     """
-    _check_options(compression_ratio, min_length, max_length, slots, policy, (protect_head, protect_tail))
-    for name, value, owner in (("boundaries", boundaries, "boundary"), ("scores", scores, "low_information")):
-        if (value is None) == (policy == owner):
-            raise ValueError(
-                f"{name} belong to policy {owner!r}, got {'none' if value is None else 'some'} for {policy!r}"
-            )
-    if policy == "published":
-        _check_published(min_length, slots, (protect_head, protect_tail), strict)
-        return [*published_spans(num_tokens, compression_ratio, max_length=max_length, generator=generator)]
-    plan = Plan(
-        first=protect_head,
-        stop=max(protect_head, num_tokens - protect_tail),
-        low=max(min_length, slots + 1),
-        high=max_length,
-        slots=slots,
-        target=int(compression_ratio * num_tokens + 0.5),
-        generator=generator,
+    sampler = SpanSampler(
+        compression_ratio,
+        min_length=min_length,
+        max_length=max_length,
+        policy=policy,
+        protect_head=protect_head,
+        protect_tail=protect_tail,
+        slot_share=slot_share,
     )
-    if policy in RECENT:
-        return _recent_spans(plan, policy, compression_ratio, slot_share)
-    starts = _checked_boundaries(boundaries or (), num_tokens)
-    spans = _exact_spans(plan, policy, starts, scores or (), num_tokens)
-    removed = sum(end - start - slots for start, end in spans)
-    if strict and removed != plan.target:
-        largest = largest_in_segments(plan, starts) if policy == "boundary" else plan.largest_removal()
-        raise ValueError(
-            f"compression_ratio {compression_ratio} removes {plan.target} of {num_tokens} tokens, which these spans "
-            f"cannot (closest: {removed}); the largest ratio they reach is {largest / max(num_tokens, 1):.4f}"
-        )
-    return [*spans]
-
-
-def _exact_spans(
-    plan: Plan, policy: Policy, starts: list[int], scores: Sequence[float], num_tokens: int
-) -> list[tuple[int, int]]:
-    if policy == "boundary":
-        return boundary(plan, starts)
-    if policy == "low_information":
-        return low_information(plan, _checked_scores(scores, num_tokens))
-    return uniform(plan) if policy == "uniform" else fixed(plan)
-
-
-def _recent_spans(plan: Plan, policy: Policy, compression_ratio: float, slot_share: float) -> list[tuple[int, ...]]:
-    left = plan.stop - plan.target
-    length = span_length(left, max_length=plan.high, slots=plan.slots)
-    plan = replace(plan, low=min(plan.low, length), high=length)
-    forget = forgotten(compression_ratio, length=length, slots=plan.slots, slot_share=slot_share)
-
-    def budget(token: int) -> int:
-        if policy == "budget" or token == plan.stop:
-            return left
-        past = token - int(token * compression_ratio)
-        # Folding takes a span at once: without some allowance the past would be smaller than that, on average.
-        return past + min((plan.high - plan.slots) // 2, past // 16)
-
-    return [*recent(plan, budget, forget)]
+    return sampler(num_tokens, slots=slots, generator=generator, boundaries=boundaries, scores=scores, strict=strict)
 
 
 @dataclass(frozen=True)
@@ -155,22 +109,73 @@ class SpanSampler:
         generator: random.Random,
         boundaries: Sequence[int] | None = None,
         scores: Sequence[float] | None = None,
+        strict: bool = False,
     ) -> list[tuple[int, ...]]:
         """Choose the spans of one row; see `sample_spans`."""
-        return sample_spans(
-            num_tokens,
-            self.compression_ratio,
-            min_length=self.min_length,
-            max_length=self.max_length,
+        self._check_call(slots, boundaries, scores, strict=strict)
+        if self.policy == "published":
+            ratio, longest = self.compression_ratio, self.max_length
+            return [*published_spans(num_tokens, ratio, max_length=longest, generator=generator)]
+        plan = self._plan(num_tokens, slots, generator)
+        if self.policy in RECENT:
+            return self._recent_spans(plan)
+        starts = _checked_boundaries(boundaries or (), num_tokens)
+        spans = self._exact_spans(plan, starts, scores or (), num_tokens)
+        removed = sum(end - start - slots for start, end in spans)
+        if strict and removed != plan.target:
+            largest = largest_in_segments(plan, starts) if self.policy == "boundary" else plan.largest_removal()
+            raise ValueError(
+                f"compression_ratio {self.compression_ratio} removes {plan.target} of {num_tokens} tokens, which these "
+                f"spans cannot (closest: {removed}); the largest ratio they reach is {largest / max(num_tokens, 1):.4f}"
+            )
+        return [*spans]
+
+    def _plan(self, num_tokens: int, slots: int, generator: random.Random) -> Plan:
+        return Plan(
+            first=self.protect_head,
+            stop=max(self.protect_head, num_tokens - self.protect_tail),
+            low=max(self.min_length, slots + 1),
+            high=self.max_length,
             slots=slots,
-            policy=self.policy,
-            protect_head=self.protect_head,
-            protect_tail=self.protect_tail,
+            target=int(self.compression_ratio * num_tokens + 0.5),
             generator=generator,
-            boundaries=boundaries,
-            scores=scores,
-            slot_share=self.slot_share,
         )
+
+    def _exact_spans(
+        self, plan: Plan, starts: list[int], scores: Sequence[float], num_tokens: int
+    ) -> list[tuple[int, int]]:
+        if self.policy == "boundary":
+            return boundary(plan, starts)
+        if self.policy == "low_information":
+            return low_information(plan, _checked_scores(scores, num_tokens))
+        return uniform(plan) if self.policy == "uniform" else fixed(plan)
+
+    def _recent_spans(self, plan: Plan) -> list[tuple[int, ...]]:
+        ratio, left = self.compression_ratio, plan.stop - plan.target
+        length = span_length(left, max_length=plan.high, slots=plan.slots)
+        plan = replace(plan, low=min(plan.low, length), high=length)
+        forget = forgotten(ratio, length=length, slots=plan.slots, slot_share=self.slot_share)
+
+        def budget(token: int) -> int:
+            if self.policy == "budget" or token == plan.stop:
+                return left
+            past = token - int(token * ratio)
+            # Folding takes a span at once: without some allowance the past would be smaller than that, on average.
+            return past + min((plan.high - plan.slots) // 2, past // 16)
+
+        return [*recent(plan, budget, forget)]
+
+    def _check_call(
+        self, slots: int, boundaries: Sequence[int] | None, scores: Sequence[float] | None, *, strict: bool
+    ) -> None:
+        protected = (self.protect_head, self.protect_tail)
+        _check_options(self.compression_ratio, self.min_length, self.max_length, slots, self.policy, protected)
+        for name, value, owner in (("boundaries", boundaries, "boundary"), ("scores", scores, "low_information")):
+            if (value is None) == (self.policy == owner):
+                given = "none" if value is None else "some"
+                raise ValueError(f"{name} belong to policy {owner!r}, got {given} for {self.policy!r}")
+        if self.policy == "published":
+            _check_published(self.min_length, slots, protected, strict)
 
 
 def achieved_ratio(spans: Sequence[Sequence[int]], num_tokens: int, *, slots: int = 1) -> float:
