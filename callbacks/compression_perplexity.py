@@ -9,8 +9,6 @@ from typing import Any
 import lightning.pytorch as pl
 
 from evaluation.kv_compression import perplexity
-from patches.sentinel.sampler import SpanSampler
-
 # Lightning asks for a reduction of what is reduced already; the maximum of equal numbers is each of them.
 SAME_ON_ALL_RANKS: dict[str, Any] = {"sync_dist": True, "reduce_fx": "max"}
 
@@ -65,9 +63,9 @@ class CompressionPerplexity(pl.Callback):
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         found = data.validation_blocks
         blocks = [found[index] for index in range(min(self.num_blocks, len(found)))]
-        sampler = replace(getattr(data, "sampler", SpanSampler()), compression_ratio=ratio)
+        sampler = replace(data.sampler, compression_ratio=ratio)
         spans = None
-        if ratio and module.compression.method == "sentinel" and hasattr(data, "spans_to_score"):
+        if ratio and module.compression.method == "sentinel":
             spans = data.spans_to_score(blocks, sampler, data.validation_split)
         return perplexity(
             module.model,
