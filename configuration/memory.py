@@ -33,8 +33,8 @@ class StepMemory:
         moments: AdamW's two, and float32 copies of weights where an engine keeps them.
         activations: everything else of forward and backward at their fullest moment; None where it is not known.
         copies: whole weights and gradients of the layers in use, where they are kept in shards; DDP's buckets.
-        together: gradients and activations at their fullest moment: at first the ones are not there yet, at last the
-            others are no longer.
+        together: gradients and activations at their fullest moment; in the backward pass the ones come as the others
+            go.
         update: what the optimiser computes with.
         host: of the above, in host memory.
     """
@@ -74,9 +74,11 @@ def step_memory(module: Any, config: dict[str, Any], *, processes: int, context_
         logger.warning("activations are not counted: %s", str(error).splitlines()[0])
         return replace(states, together=states.gradients)
     sharded = _is_fsdp(config["trainer"]) or is_deepspeed(config["trainer"])
-    # Gradients of earlier micro-batches are there from the start, shards in their places too.
+    # Gradients of earlier micro-batches are there from the start, shards in their places too. Else those of the step
+    # before are dropped between forward and backward pass.
     there = sharded or config["trainer"].get("accumulate_grad_batches", 1) > 1
-    together = states.gradients + trace.most if there else trace.most_together
+    together = states.gradients + (trace.most if there else trace.forward)
+    together = max(together, trace.most_together)
     return replace(states, activations=trace.most, together=together)
 
 

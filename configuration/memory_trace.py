@@ -10,7 +10,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 from unittest.mock import patch
 
@@ -66,26 +66,20 @@ class StepTrace:
 
     Attributes:
         kept: when the forward pass ends: what the backward pass waits for.
+        forward: at the fullest moment of the forward pass.
         most: at the fullest moment, without gradients of weights.
         most_together: at the fullest moment, gradients of weights that the step has made by then included.
     """
 
     kept: int
+    forward: int
     most: int
     most_together: int
 
     def continued(self, longer: StepTrace, share: float) -> StepTrace:
         """What a longer step needs still, ``share`` times as far beyond it as it is beyond this one."""
-        return StepTrace(
-            *(
-                int(there + share * (there - here))
-                for here, there in (
-                    (self.kept, longer.kept),
-                    (self.most, longer.most),
-                    (self.most_together, longer.most_together),
-                )
-            )
-        )
+        pairs = zip(astuple(self), astuple(longer), strict=True)
+        return StepTrace(*(int(there + share * (there - here)) for here, there in pairs))
 
 
 class LiveBytes(TorchDispatchMode):
@@ -155,9 +149,9 @@ def trace_step(model: nn.Module, loss: Callable[[], Tensor], *, low: bool) -> St
         with live:
             with torch.autocast("cpu", torch.bfloat16, enabled=low):
                 result = loss()
-            kept = live.others
+            kept, forward = live.others, live.most
             result.backward()
-        return StepTrace(kept, live.most, live.most_together)
+        return StepTrace(kept, forward, live.most, live.most_together)
     finally:
         for hook in hooks:
             hook.remove()
