@@ -86,6 +86,20 @@ def test_zero_pieces_are_put_together(tmp_path, write):
         zero_state_dict(folder)
 
 
+@pytest.mark.parametrize("write", [write_zero_2, write_zero_3])
+def test_zero_pieces_without_frozen_weights(tmp_path, write):
+    """As of a model with adapters: of what is frozen and shared there is no name at all."""
+    state = write(tmp_path)
+    for path in (tmp_path / "checkpoint").glob("*model_states.pt"):
+        stored = torch.load(path, weights_only=False)
+        stored |= {"frozen_param_shapes": None, "frozen_param_fragments": None}
+        stored["shared_params"] = {"model.head": "model.c", "model.other": "model.b"}
+        torch.save(stored, path)
+    found = zero_state_dict(tmp_path)
+    assert found.keys() == {"model.a", "model.b", "model.other", "model.buffer"}
+    assert torch.equal(found["model.other"], state["model.b"])
+
+
 def test_unsealed_incomplete_and_damaged_folders_are_refused(tmp_path):
     folder = tmp_path / "step_4.ckpt"
     write_zero_2(folder)
