@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
+import transformers
 from torch import Tensor
 
 from evaluation.kv_compression.exact import Sampler, compression_of, perplexity
@@ -138,7 +139,8 @@ class CompressionSweep:
         Raises:
             ValueError: the folder holds cells of other options, or a ratio leaves a method nothing to see.
         """
-        identity, blocks = self.cells.identity(), self.cells.blocks()
+        versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+        identity, blocks = self.cells.identity() | {"versions": versions}, self.cells.blocks()
         plan = self.plan()
         for method, ratio, _ in plan:
             compression_of(method, ratio, len(blocks[0]), num_sinks=self.cells.num_sinks)
@@ -171,12 +173,14 @@ class CompressionSweep:
         if file.is_file():
             row = read_json(file)
             if row.get("request") != request:
-                raise ValueError(f"{file} was made with other options, model or text: pass another output folder")
+                raise ValueError(
+                    f"{file} was made with other options, model, text or versions: pass another output folder"
+                )
             return row
         start = time.perf_counter()
         report = self._report(self.cells.train(method, ratio, seed), cell, blocks)
         row = {"method": method, "nominal_ratio": ratio, "seed": seed} | report
-        row |= {"seconds": time.perf_counter() - start, "request": request, "torch": torch.__version__}
+        row |= {"seconds": time.perf_counter() - start, "request": request}
         write_json(file, row)
         return row
 

@@ -13,6 +13,7 @@ from byte_llama import tiny_llama
 from matplotlib.figure import Figure
 
 import eval as command
+from configuration.errors import ConfigError
 from evaluation import arithmetic
 from evaluation.perplexity import journal
 from models.drt import DRTConfig, DRTForCausalLM
@@ -20,6 +21,7 @@ from preprocess.tokenizers import byte_tokenizer
 from tests.processes import error_log, run_in_processes
 
 COSTS = ("second", "peak_bytes", "peak_mem", "processes")
+SWEEP = "wikitext2_compression_sweep"  # it trains, in one process
 EVALUATIONS = ("perplexity", "passkey", "ruler", "ppl_parallel", "long_ppl", "compression_generation", "summarization")
 
 
@@ -58,6 +60,14 @@ def arguments(models, tiny_corpus, summary_folder):
         + ["task.prefixes.prefix_words=6", "task.prefixes.reference_words=3", "task.prefixes.max_prefixes=4"]
         + ["task.sampling.num_samples=2", "task.sampling.words=2", "task.sampling.max_new_tokens=9"]
         + [f"task.judge={models / 'llama'}"],
+        SWEEP: [
+            "scale=tiny",
+            f"data.path={tiny_corpus}",
+            "prepare.source=null",
+            "sweep.ratios=[0.0,0.5]",
+            "sweep.methods=[local]",
+        ]
+        + ["trainer.max_steps=2", "sweep.max_eval_blocks=4"],
         "summarization": [drt, f"data.path={summary_folder}", "data.split=test", "task.max_length=96"]
         + ["task.max_new_tokens=6", "task.batch_size=2"],
     }
@@ -79,7 +89,8 @@ def evaluate(name, arguments, output, fatal_write=None):
     os.fsync = fsync
     error_log(output / "errors")
     with (output / "printed.txt").open("a") as printed, contextlib.redirect_stdout(printed):
-        command.main([f"recipe={name}", *arguments, f"output={output}", "task.device=cpu"])
+        device = [] if name == SWEEP else ["task.device=cpu"]
+        command.main([f"recipe={name}", *arguments, f"output={output}", *device])
     (output / "errors" / f"{os.environ.get('RANK', 0)}.writes").write_text(str(len(writes)))
 
 
@@ -124,12 +135,20 @@ def test_any_number_of_processes(name, arguments, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", EVALUATIONS)
+@pytest.mark.parametrize("name", [*EVALUATIONS, SWEEP])
 def test_killed_in_the_middle(name, arguments, tmp_path):
     options, whole, killed = imported(name, arguments[name]), tmp_path / "whole", tmp_path / "killed"
     assert run_in_processes(1, evaluate, name, options, whole) == [0]
     for write in (5, 3):  # of the settings' files, then of answers
         assert run_in_processes(1, evaluate, name, options, killed, write) == [-signal.SIGKILL]
         assert not (killed / "metrics.json").exists()
-    assert run_in_processes(2, evaluate, name, options, killed) == [0, 0]
+    count = 1 if name == SWEEP else 2
+    assert run_in_processes(count, evaluate, name, options, killed) == [0] * count
     assert numbers(killed) == numbers(whole)
+
+
+def test_what_trains_is_refused_in_several_processes(monkeypatch, arguments, tmp_path):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match=f"recipe={SWEEP} works in one process, 2 were started: leave torchrun out"):
+        command.main([f"recipe={SWEEP}", *arguments[SWEEP], f"output={tmp_path}"])
+    assert not list(tmp_path.iterdir())
