@@ -4,6 +4,7 @@ import pytest
 import torch
 from compression_cases import SENTINELS, make, tiny_model
 
+from lightning_modules import adapter_checkpoint
 from lightning_modules.adapter_checkpoint import BASE, frozen_identity, frozen_names
 from lightning_modules.lora import MergedModel
 
@@ -73,3 +74,12 @@ def test_a_merged_model_is_rounded_after_merging(tmp_path):
     rounded.save_pretrained(tmp_path)
     assert (tmp_path / "sentinels.json").is_file()
     assert rounded.num_saved == sum(parameter.numel() for parameter in exact.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("size", [1, 3, (1 << 14) + 1, 130 * (1 << 14) + 5])
+def test_bits_are_summed_as_integers(dtype, size):
+    tensor = torch.randn(size, dtype=dtype, generator=torch.Generator().manual_seed(size))
+    bits = tensor.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
+    every, even = bits.sum(dtype=torch.int64), bits[::2].sum(dtype=torch.int64)
+    assert adapter_checkpoint._bit_sum(tensor) == 3 * int(every) + int(even)
