@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 CHECKS = Path(__file__).parent / "triton_checks.py"
-GROUPS = ["fixtures", "shapes", "descriptors", "far", "reverse", "slices pieces", "poison", "operator", "memory"]
+GROUPS = ["fixtures", "shapes far", "descriptors", "reverse poison", "slices pieces", "operator memory"]
 
 
 @pytest.mark.parametrize("check", GROUPS)
