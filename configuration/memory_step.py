@@ -95,7 +95,7 @@ def trace_module(module: Any, config: dict[str, Any], *, context_parallel_size: 
     lengths = [length] if length <= longest else [longest // 2, longest]
     if context_parallel_size > 1:
         group = _last_of(context_parallel_size)
-        module.split = SequenceSplit.over(group, module.model, supported=module.splits_sequences)
+        module.split = SequenceSplit.over(group, module.model, problem=module.splitting_problem())
     # What depends on the numbers of a batch is done before they are gone.
     steps = [_loss_of(module, _blank_batch(module, config["data"], tokens)) for tokens in lengths]
     with without_data(like_gpu=on_gpu(trainer)):

@@ -43,8 +43,6 @@ class CausalLMModule(OptimizedModule, StoredModel):
     """
 
     model: PreTrainedModel
-    splits_sequences = True
-    """Whether training steps compute parts of sequences that several processes share."""
 
     def __init__(
         self,
@@ -76,9 +74,13 @@ class CausalLMModule(OptimizedModule, StoredModel):
             self.model.compile()
         strategy = None if self._trainer is None else self._trainer.strategy
         group = getattr(strategy, "sequence_group", None)
-        self.split = SequenceSplit.over(group, self.model, supported=self.splits_sequences)
+        self.split = SequenceSplit.over(group, self.model, problem=self.splitting_problem())
         if self._device_mesh is not None:
             shard_module(self, self.model)
+
+    def splitting_problem(self) -> str | None:
+        """Why no training step could compute a part of a sequence that several processes share; None: it can."""
+        return "module.compile=true needs whole sequences" if self.compile_model else None
 
     def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> dict[str, Any]:
         """Return the share of the step's loss that this micro-batch is, its detached ``nll_sum``, ``num_targets``."""

@@ -62,23 +62,23 @@ class SequenceSplit:
     cut: Cut | None = None
 
     @classmethod
-    def over(cls, group: SequenceGroup | None, model: nn.Module, *, supported: bool) -> SequenceSplit:
+    def over(cls, group: SequenceGroup | None, model: nn.Module, *, problem: str | None) -> SequenceSplit:
         """Split the sequences of a model.
 
         Args:
             group: as above.
             model: says where its sequences may be cut.
-            supported: whether the training method computes parts of sequences.
+            problem: why the training method computes no parts of sequences; None: it does.
 
         Raises:
-            ValueError: the model or the method cannot.
+            ValueError: the model or the method does not.
         """
         cut: Cut | None = getattr(model, "sequence_cut", None)
-        if group is not None and (cut is None or not supported):
-            reason = "its training method" if cut is not None else "it"
+        if cut is None:
+            problem = f"{type(model).__name__} needs whole sequences"
+        if group is not None and problem is not None:
             raise ValueError(
-                f"trainer=context_parallel does not serve {type(model).__name__}: {reason} needs whole sequences; "
-                "use trainer=ddp, or fsdp2 for a large model"
+                f"{problem}, trainer=context_parallel splits them: use trainer=ddp, or fsdp2 if it is large"
             )
         return cls(group, cut)
 

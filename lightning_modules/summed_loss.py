@@ -21,11 +21,13 @@ MAX_SKIPPED_STEPS = 10
 class SummedLossModule(CausalLMModule):
     """A module whose `loss` gives a sum and the number of targets it runs over; arguments are those of its base."""
 
-    splits_sequences = False
-
     def __init__(self, *arguments: Any, **options: Any):
         super().__init__(*arguments, **options)
         self.skipping = NonFiniteSteps(MAX_SKIPPED_STEPS)
+
+    def splitting_problem(self) -> str | None:
+        """The losses here look at whole sequences."""
+        return f"the loss of {type(self).__name__} needs whole sequences"
 
     def loss(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Sum of losses float32, number of targets int64, and detached numbers; ``nll_sum`` where the loss is more."""
