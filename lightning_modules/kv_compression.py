@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from evaluation.equal_calls import shares_weights
 from lightning_modules.compressed_reading import CompressedReading
 from lightning_modules.dense_teacher import DenseTeacher
 from lightning_modules.optimization import linear_to_zero
@@ -116,6 +117,11 @@ class KVCompressionLM(SummedLossModule):
             raise ValueError("distillation learns from the model without its adapters: pass lora, not None")
         if isinstance(model, PreTrainedModel):
             self.configure_model()
+
+    def on_fit_start(self) -> None:
+        """Refuse what would wait for ever: rows of other widths take other numbers of chunks."""
+        if self.reading.training_mode == "recurrent" and shares_weights(self.trainer.strategy):
+            raise ValueError("training_mode='recurrent' needs all weights in every process: use masked, or trainer=ddp")
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Any]:
         """Return the share of the step's loss that this micro-batch is; its tokens, sentinels counted, padding not."""

@@ -3,6 +3,7 @@
 import copy
 import math
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -320,3 +321,12 @@ def test_the_model_given_stays_a_plain_model_after_export():
     before = copy.deepcopy(module.model.state_dict())
     module.model_to_export().merged()
     assert all(torch.equal(before[name], value) for name, value in module.model.state_dict().items())
+
+
+def test_chunks_are_refused_where_weights_are_shared():
+    module = make(training_mode="recurrent")
+    module._trainer = SimpleNamespace(strategy=SimpleNamespace(zero_stage_3=False))
+    module.on_fit_start()
+    module._trainer.strategy.zero_stage_3 = True
+    with pytest.raises(ValueError, match="use masked, or trainer=ddp"):
+        module.on_fit_start()
