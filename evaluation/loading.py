@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
 import models  # noqa: F401 - registers the suite's models with transformers' Auto classes
+from evaluation.results import digest
 
 
 def load_model(name: str, *, dtype: torch.dtype, device: torch.device) -> Any:
@@ -46,6 +48,15 @@ def load_tokenizer(name: str) -> Any | None:
             raise ValueError(f"the tokenizer in {name} does not load: {_first_line(error)}") from error
         return None
     return tokenizer if hasattr(tokenizer, "backend_tokenizer") else None
+
+
+def tokenizer_identity(tokenizer: Any) -> str:
+    """Return a digest of all that decides which tokens a text becomes."""
+    whole = getattr(tokenizer, "backend_tokenizer", None)
+    if whole is None:
+        return digest(sorted(tokenizer.get_vocab().items()))
+    # A call that pads or truncates leaves these two behind.
+    return digest(json.loads(whole.to_str()) | {"padding": None, "truncation": None})
 
 
 def max_positions(config: PreTrainedConfig) -> int | None:

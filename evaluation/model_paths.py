@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from evaluation.results import model_identity
+from evaluation.results import digest, model_identity, read_json
 
 HUB = "hub:"
 
@@ -41,6 +41,16 @@ def label_of(path: str) -> str:
     """Name a model by its folder, or by the run for ``runs/NAME/model``."""
     place = Path(path.removeprefix(HUB))
     return place.parent.name if place.name == "model" and place.parent.name else place.name
+
+
+def writer_identity_of(path: str) -> str:
+    """Return what tells a model apart that writes: its defaults of generation count, too."""
+    defaults = Path(path) / "generation_config.json"
+    if path.startswith(HUB) or not defaults.is_file():
+        return identity_of(path)
+    values = read_json(defaults)
+    values.pop("transformers_version", None)
+    return "sha256:" + digest([identity_of(path), values])
 
 
 def identity_of(path: str) -> str:

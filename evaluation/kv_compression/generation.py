@@ -21,7 +21,7 @@ from evaluation.kv_compression.figure import save_generation_figure
 from evaluation.kv_compression.models import Models, tokenizer_of
 from evaluation.kv_compression.scorers import Scorers
 from evaluation.kv_compression.sweep import markdown_table
-from evaluation.loading import max_positions
+from evaluation.loading import max_positions, tokenizer_identity
 from evaluation.prediction_log import PredictionLog
 from evaluation.processes import Process
 from evaluation.results import csv_text, digest, json_text, read_json, text_table, write_json, write_text
@@ -136,7 +136,11 @@ class CompressionGeneration:
         """
         self.prefixes = [(str(text), str(reference)) for text, reference in self.make_prefixes()]
         identities, protocol = self.models.identities(self.plan()), self.protocol()
-        requests = {cell: digest(protocol | {"model": identities[f"{cell[0]} {cell[1]}"]}) for cell in self.plan()}
+        tokenizers = self._tokenizers()
+        requests = {
+            cell: digest(protocol | {"model": identities[f"{cell[0]} {cell[1]}"], "tokenizer": tokenizers[cell]})
+            for cell in self.plan()
+        }
         with joined(self.process):
             self._complete(output, requests)
             self.models.release()
@@ -152,6 +156,12 @@ class CompressionGeneration:
         write_text(output / "table.md", markdown_table(rows, SHOWN))
         save_generation_figure(rows, output)
         return metrics | {"table": text_table(rows, SHOWN)}
+
+    def _tokenizers(self) -> dict[tuple[Any, float], str]:
+        """Return what tells the tokenizers of the cells apart."""
+        sources = {cell: self.tokenizer or self.models.source(*cell) for cell in self.plan()}
+        known = {source: tokenizer_identity(tokenizer_of(source)) for source in set(sources.values())}
+        return {cell: known[source] for cell, source in sources.items()}
 
     def _keep(self, records: Mapping[tuple[Any, ...], dict[str, Any]], output: Path) -> None:
         """Write prefixes and predictions in their order, whoever made them; those outside of the plan come last."""

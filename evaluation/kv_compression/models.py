@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from evaluation.loading import load_model, load_tokenizer
-from evaluation.model_paths import HUB
-from evaluation.results import digest, model_identity
+from evaluation.model_paths import HUB, writer_identity_of
+from evaluation.results import digest
 from patches.sentinel.sentinels import FILE_NAME, Sentinels, add_sentinels
 
 RATIO = "RATIO"
@@ -112,7 +112,7 @@ def built(make: Callable[[], Any], seed: int) -> Any:
 def identity(source: Model, seed: int) -> str:
     """Return what tells a model apart: the content of a folder, the name of a hub model, the weights of a built one."""
     if isinstance(source, str):
-        return model_identity(Path(source)) if Path(source).is_dir() else source
+        return writer_identity_of(source) if Path(source).is_dir() else source
     weights = {name: float(tensor.double().sum()) for name, tensor in built(source, seed).state_dict().items()}
     return f"built:{digest(weights)[:16]}"
 

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from evaluation.gathering import gather, share_of
-from evaluation.loading import load_model, load_tokenizer
-from evaluation.model_paths import HUB
+from evaluation.loading import load_model, load_tokenizer, tokenizer_identity
+from evaluation.model_paths import HUB, identity_of
 from evaluation.processes import Process
-from evaluation.results import read_json, write_json
+from evaluation.results import digest, read_json, write_json
 
 
 @dataclass
 class TextModel:
-    """A model with its tokenizer, loaded when a first document needs them.
+    """A model with its tokenizer, each loaded when it is first needed.
 
     Attributes:
         path: folder or ``hub:NAME``.
@@ -29,23 +30,30 @@ class TextModel:
     path: str
     dtype: torch.dtype
     device: torch.device
-    _pair: tuple[Any, Any] | None = field(default=None, init=False)
 
-    def get(self) -> tuple[Any, Any]:
-        """Return model and tokenizer.
+    @cached_property
+    def tokenizer(self) -> Any:
+        """Its tokenizer.
 
         Raises:
-            ValueError: there is no tokenizer, or the files are damaged.
+            ValueError: there is none, or its files are damaged.
         """
-        if self._pair is None:
-            name = self.path.removeprefix(HUB)
-            tokenizer = load_tokenizer(name)
-            if tokenizer is None:
-                raise ValueError(
-                    f"{self.path} has no tokenizer: LongPPL reads text; put the model's tokenizer into its folder"
-                )
-            self._pair = load_model(name, dtype=self.dtype, device=self.device), tokenizer
-        return self._pair
+        found = load_tokenizer(self.path.removeprefix(HUB))
+        if found is None:
+            raise ValueError(
+                f"{self.path} has no tokenizer: LongPPL reads text; put the model's tokenizer into its folder"
+            )
+        return found
+
+    @cached_property
+    def model(self) -> Any:
+        """The model."""
+        return load_model(self.path.removeprefix(HUB), dtype=self.dtype, device=self.device)
+
+    @property
+    def identity(self) -> str:
+        """What its losses of a text depend on: weights, configuration and tokenizer."""
+        return digest([identity_of(self.path), tokenizer_identity(self.tokenizer)])
 
 
 def document_files(

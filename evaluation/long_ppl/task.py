@@ -30,7 +30,7 @@ from evaluation.long_ppl.scoring import (
     score_document,
     write_key_file,
 )
-from evaluation.model_paths import HUB, check_model, identity_of, named_models
+from evaluation.model_paths import HUB, check_model, named_models
 from evaluation.positions import position_edges
 from evaluation.processes import Process
 from evaluation.results import csv_text, digest, json_text, text_table, write_json, write_text
@@ -182,9 +182,8 @@ class LongPplTask:
         names = [f"{index}-{digest(request | {'text': text})[:12]}.json" for index, text in enumerate(texts)]
 
         def find(index: int) -> dict[str, Any]:
-            model, tokenizer = evaluator.get()
-            encoded = encode_text(tokenizer, texts[index], max_tokens=self.max_tokens)
-            return {"intervals": find_key_intervals(model, encoded, **self.thresholds, **self.windows)}
+            encoded = encode_text(evaluator.tokenizer, texts[index], max_tokens=self.max_tokens)
+            return {"intervals": find_key_intervals(evaluator.model, encoded, **self.thresholds, **self.windows)}
 
         found = document_files([output / "keys" / name for name in names], find, self.process)
         return [[(int(start), int(end)) for start, end in document["intervals"]] for document in found]
@@ -200,9 +199,9 @@ class LongPplTask:
             files.append(output / "results" / f"{name}-{index}-{key}.json")
 
         def score(index: int) -> dict[str, Any]:
-            start, (loaded, tokenizer) = time.perf_counter(), model.get()
-            encoded = encode_text(tokenizer, texts[index], max_tokens=self.max_tokens)
-            scored = score_document(loaded, encoded, keys[index], edges=edges)
+            start = time.perf_counter()
+            encoded = encode_text(model.tokenizer, texts[index], max_tokens=self.max_tokens)
+            scored = score_document(model.model, encoded, keys[index], edges=edges)
             return scored | {"seconds": time.perf_counter() - start}
 
         return document_files(files, score, self.process)
@@ -213,7 +212,8 @@ class LongPplTask:
     @cached_property
     def _identities(self) -> dict[str, str]:
         """What tells the models apart by path; hashing large ones takes a while."""
-        return {path: identity_of(path) for path in {*self.models.values(), *filter(None, [self.evaluator])}}
+        paths = {*self.models.values(), *filter(None, [self.evaluator])}
+        return {path: self._model(path).identity for path in sorted(paths)}
 
     def _request(self, path: str) -> dict[str, Any]:
         return {"model": self._identities[path], "max_tokens": self.max_tokens, **arithmetic(self.device, self.dtype)}

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from evaluation.arithmetic import arithmetic
+from evaluation.loading import tokenizer_identity
 from evaluation.results import digest
 from patches.parallel_context import ParallelContext
 
@@ -41,14 +42,8 @@ def model_entries(model: Any) -> dict[str, Any]:
 
 def tokenizer_entries(tokenizer: Any, *, chat: bool) -> dict[str, Any]:
     """Return what tells a tokenizer apart, and the chat template where prompts are put into it."""
-    whole = getattr(tokenizer, "backend_tokenizer", None)
-    if whole is None:
-        described = digest(sorted(tokenizer.get_vocab().items()))
-    else:
-        # A call that pads or truncates leaves these two behind.
-        parts = json.loads(whole.to_str()) | {"padding": None, "truncation": None}
-        described = digest(parts)
-    return {"tokenizer": described, "chat_template": digest(tokenizer.chat_template) if chat else None}
+    template = digest(tokenizer.chat_template) if chat else None
+    return {"tokenizer": tokenizer_identity(tokenizer), "chat_template": template}
 
 
 def describe_patch(patch: ParallelContext) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from evaluation.arithmetic import device_name, versions
 from evaluation.compatibility import check_length
 from evaluation.gathering import joined
 from evaluation.loading import load_model, load_tokenizer
-from evaluation.model_paths import HUB, check_model, identity_of, label_of
+from evaluation.model_paths import HUB, check_model, label_of, writer_identity_of
 from evaluation.processes import Process
 from evaluation.rank_journal import RankJournal
 from evaluation.results import digest, json_text, text_table, write_json, write_text
@@ -183,7 +183,7 @@ class SummarizationTask:
     def _protocol(self, chunk_size: int | None, pad_token_id: int | None) -> dict[str, Any]:
         """Everything that the summaries depend on."""
         return {
-            "model": identity_of(self.model_path),
+            "model": writer_identity_of(self.model_path),
             "pairs": self.pairs.identity,
             "num_pairs": self._num_pairs(),
             "max_length": self.max_length,

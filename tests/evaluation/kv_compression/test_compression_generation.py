@@ -1,6 +1,7 @@
 """Generation quality: reproducible completions per prefix, resumable records, models by method and ratio."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -95,6 +96,12 @@ def test_a_killed_evaluation_goes_on_and_foreign_lines_are_refused(folder, tmp_p
     }
     with pytest.raises(ValueError, match="of other options"):
         task(folder, **quick, sampling=Sampling(num_samples=2, words=4, max_new_tokens=12)).run(log.parent)
+    other = tmp_path / "other_model"
+    shutil.copytree(folder, other)
+    defaults = json.loads((other / "generation_config.json").read_text())
+    (other / "generation_config.json").write_text(json.dumps(defaults | {"repetition_penalty": 1.5}))
+    with pytest.raises(ValueError, match="another model"):
+        task(str(other), **quick).run(log.parent)
     more = task(folder, ratios=[0.5], methods=["local", "streaming"]).run(log.parent)
     assert written == [1, 0, 1] and [row["method"] for row in more["results"]] == ["local", "streaming"]
 

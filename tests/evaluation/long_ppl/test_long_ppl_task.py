@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 import evaluation.long_ppl.task as task_module
 from evaluation.long_ppl import encode_text, evaluate_long_ppl, find_key_intervals
+from evaluation.long_ppl.documents import TextModel
 from evaluation.long_ppl.task import LongPplTask
 
 OPTIONS = {"max_tokens": 40, "context_length": 6, "stride": 4, "alpha": 0.02, "beta": -9.0}
@@ -51,10 +53,10 @@ def test_sums_files_and_stored_keys(folders, tmp_path):
     first, second = folders
     task = LongPplTask({"a": first, "b": second}, Texts(), evaluator=first, **OPTIONS)
     result = task.run(tmp_path / "one")
-    model, tokenizer = task._model(second).get()
+    model, tokenizer = task._model(second).model, task._model(second).tokenizer
     texts = [encode_text(tokenizer, text, max_tokens=40) for text in Texts().texts]
     options = {name: OPTIONS[name] for name in ("context_length", "stride", "alpha", "beta")}
-    keys = [find_key_intervals(task._model(first).get()[0], text, **options) for text in texts]
+    keys = [find_key_intervals(task._model(first).model, text, **options) for text in texts]
     expected = evaluate_long_ppl(model, texts, keys)
     assert expected["num_key_tokens"] > 3 and expected["num_targets"] == 29 + 39
     row = result["results"][1]
@@ -94,6 +96,16 @@ def test_an_interrupted_run_continues_and_changes_are_computed_anew(folders, tmp
     assert len(scored) == 3 and run(tmp_path)["results"][0]["nll_sum"] == first[0]["nll_sum"] and len(scored) == 4
     LongPplTask(folders[0], Texts(seed=1), evaluator=folders[1], **OPTIONS).run(tmp_path)
     assert len(scored) == 7
+
+
+def test_another_tokenizer_is_another_model(folders, tmp_path):
+    before = TextModel(folders[0], torch.float32, torch.device("cpu")).identity
+    shutil.copytree(folders[0], tmp_path / "copy")
+    rules = json.loads((tmp_path / "copy" / "tokenizer.json").read_text())
+    assert TextModel(str(tmp_path / "copy"), torch.float32, torch.device("cpu")).identity == before
+    rules["normalizer"] = {"type": "Lowercase"}
+    (tmp_path / "copy" / "tokenizer.json").write_text(json.dumps(rules))
+    assert TextModel(str(tmp_path / "copy"), torch.float32, torch.device("cpu")).identity != before
 
 
 def test_without_key_tokens_there_is_no_value(folders, tmp_path):
