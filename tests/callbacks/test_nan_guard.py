@@ -24,6 +24,9 @@ def test_stops_before_the_step_with_a_saved_state(fit, lab, tmp_path, accumulate
     assert f"sample indices {2 * poisoned_batch}, {2 * poisoned_batch + 1};" in sentence
     saved = torch.load(tmp_path / "nan_step_3.ckpt", weights_only=True)
     assert saved["global_step"] == 3
+    # The step is taken again from its first micro-batch.
+    taken = saved["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]
+    assert {taken[name] for name in ("ready", "started", "processed", "completed")} == {3 * accumulate}
     for name, tensor in weights.items():
         assert torch.equal(broken.state_dict()[name], tensor), name
         assert torch.equal(saved["state_dict"][name], tensor), name
