@@ -16,10 +16,10 @@ from transformers.utils import can_return_tuple
 
 from kernels.context_parallel import Cut, SequencePart
 from kernels.gca import chunk_weights, retrieve_chunks, reverse_index
-from kernels.gca.noise import row_seeds
-from models.blocks import BlockShape, DecoderBlock, EarlierKeys, Window, alibi_slopes
+from models.blocks import BlockShape, DecoderBlock, Window, alibi_slopes
 from models.causal_lm import CausalLanguageModel, check_inputs, check_part, check_same_shape
 from models.drt.cache import DRTCache
+from models.drt.call import Call
 from models.drt.configuration_drt import DRTConfig
 from models.drt.encoder import ChunkEncoder
 from models.drt.flops import flops_per_token
@@ -36,33 +36,6 @@ class DRTOutput(CausalLMOutputWithPast):
 
     retrieval: tuple[tuple[Tensor, Tensor], ...] | None = None
     """Per group, indices int32 and weights float32 ``[B, R, K]`` of the chunks completed in this call."""
-
-
-@dataclass
-class Call:
-    """One forward call: its layout, where noise comes from, what it continues and what it records."""
-
-    layout: Layout
-    cache: DRTCache | None = None
-    generator: torch.Generator | Tensor | None = None
-    hidden_states: list[Tensor] | None = None
-    retrieval: list[tuple[Tensor, Tensor]] | None = None
-
-    @property
-    def earlier_keys(self) -> EarlierKeys | None:
-        """Where the windows of the first positions find what lies before this call."""
-        if isinstance(self.layout, PartLayout):
-            return self.layout.window
-        return None if self.cache is None else self.cache.ring
-
-    def noise_source(self, group: int) -> torch.Generator | Tensor | None:
-        """Return where the noise of a retrieval comes from: seeds of rows are mixed with the number of the group."""
-        return row_seeds(group, self.generator) if isinstance(self.generator, Tensor) else self.generator
-
-    def record(self, x: Tensor) -> None:
-        """Keep the text positions of ``[B, P, M]`` if hidden states are wanted."""
-        if self.hidden_states is not None:
-            self.hidden_states.append(self.layout.text(x))
 
 
 class DRTModel(nn.Module):
