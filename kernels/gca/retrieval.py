@@ -45,8 +45,9 @@ def retrieve_chunks(
             a row's noise then depends on its seed alone.
         first_row: the queries are rows ``first_row ... first_row + N - 1`` of a sequence with a row a chunk, a slice:
             for "causal", row i is chunk number ``first_row + i``, and its noise is that of row ``first_row + i``.
-            Slices give, bit by bit, what the whole sequence gives with the same seeds; chunks behind their last row
-            need not be there. For that they multiply whole blocks of rows. None = no slice (decoding is none).
+            Slices give, bit by bit, what the whole sequence (``first_row=0``) gives with the same seeds; chunks behind
+            their last row need not be there. For that they multiply whole blocks of rows. On a GPU, scores that carry
+            a gradient may differ by rounding. None = no slice (decoding is none).
 
     Returns:
         ``indices`` int32 ``[B, N, K]``, best first, ties to the lower chunk, -1 where fewer are visible; ``scores``
