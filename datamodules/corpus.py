@@ -111,7 +111,7 @@ class TokenCorpus:
 
     @property
     def document_lengths(self) -> Int64Array:
-        """Tokens of every document, int64."""
+        """Tokens of every document, int64 ``[num_documents]``."""
         offsets = self._offset_map().astype(np.int64)
         return offsets[1:] - offsets[:-1]
 
@@ -164,7 +164,7 @@ class TokenCorpus:
         return any(bool((tokens[start : start + RAW_BLOCK] == token_id).any()) for start in blocks)
 
     def read(self, start: int, stop: int) -> Int64Array:
-        """Return tokens ``start .. stop - 1`` as a new int64 array.
+        """Return tokens ``start .. stop - 1`` as a new int64 array ``[stop - start]``.
 
         Raises:
             ValueError: the range does not lie in the corpus.
@@ -178,7 +178,7 @@ class TokenCorpus:
         out[:] = self._token_map()[start : start + len(out)]
 
     def document_ids(self, start: int, stop: int) -> Int64Array:
-        """Return the document number of each token ``start .. stop - 1``, int64."""
+        """Return the document number of each token ``start .. stop - 1``, int64 ``[stop - start]``."""
         self._check_range(start, stop)
         if start == stop:
             return np.empty(0, np.int64)
@@ -192,7 +192,7 @@ class TokenCorpus:
         return np.repeat(np.arange(first, last, dtype=np.int64), lengths)
 
     def document(self, index: int) -> Int64Array:
-        """Return all tokens of a document as int64.
+        """Return all tokens of a document as int64 ``[T]``.
 
         Raises:
             IndexError: no such document.

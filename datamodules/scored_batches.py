@@ -83,7 +83,7 @@ class SequencePlan:
         return -(-self.num_sequences // self.sequences_per_micro_batch)
 
     def rows(self, index: int) -> Int64Array:
-        """Return the sequences of a micro-batch of this rank; empty where fewer than W were left."""
+        """Return the sequences of a micro-batch of this rank, int64 ``[B]``; empty where fewer than W were left."""
         size = self.sequences_per_micro_batch
         if self.endless:
             places = (divmod(at, self.num_sequences) for at in range(index * size, (index + 1) * size))

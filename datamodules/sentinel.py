@@ -217,7 +217,7 @@ class SentinelTextDataModule(StepDataModule[TokenCorpus]):
         return SpanHints(self.path, split, policy=self.sampler.policy, scores=scores, train_split=train)
 
     def spans_to_score(self, blocks: Sequence[Tensor], sampler: SpanSampler, split: str, *, seed: int = 0) -> Any:
-        """Return the spans of the first blocks of a split; None if the sampler needs nothing but their length."""
+        """Return the spans of the first blocks ``[T]`` of a split; None if the sampler needs only their length."""
         slots = 1 if self.sentinels is None else self.sentinels.slots
         return hinted_spans(blocks, sampler, self.hints(split), slots=slots, seed=seed)
 

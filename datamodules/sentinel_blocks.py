@@ -33,7 +33,7 @@ class Tokens(Protocol):
         """Number of tokens."""
 
     def read(self, start: int, stop: int) -> np.ndarray[Any, Any]:
-        """Return tokens ``start .. stop - 1`` as int64."""
+        """Return tokens ``start .. stop - 1`` as int64 ``[stop - start]``."""
 
 
 class Blocks:

@@ -158,12 +158,12 @@ def open_sequences(sequences: SequenceStore | str | Path) -> SequenceStore:
 
 
 def sequence_hash(tokens: Int32Array) -> bytes:
-    """Return BLAKE2b-128 of the little-endian int32 bytes of the real tokens of a sequence."""
+    """Return BLAKE2b-128 of the little-endian int32 bytes of the real tokens ``[C]`` of a sequence."""
     return hashlib.blake2b(np.ascontiguousarray(tokens, TOKEN_DTYPE).tobytes(), digest_size=HASH_SIZE).digest()
 
 
 def store_id_of(meta: Mapping[str, Any], index: Int64Array, hashes: npt.NDArray[np.uint8]) -> str:
-    """Return the SHA-256 over format, options, tokenizer, index and hashes; the place of the store is no part of it."""
+    """Return the SHA-256 over format, options, tokenizer, index ``[n, 4]`` and hashes ``[n, 16]``, but no path."""
     identity = {name: meta[name] for name in IDENTITY_FIELDS}
     identity["index"] = hashlib.sha256(np.ascontiguousarray(index, INDEX_DTYPE).tobytes()).hexdigest()
     identity["hashes"] = hashlib.sha256(np.ascontiguousarray(hashes, np.uint8).tobytes()).hexdigest()

@@ -99,14 +99,14 @@ class SpanHints:
 
     @cached_property
     def stored(self) -> npt.NDArray[Any]:
-        """The scores of the split, mapped from their file."""
+        """The scores of the split ``[n]``, mapped from their file."""
         return open_span_scores(self.scores, self.corpus, split=self.split)
 
 
 def hinted_spans(
     blocks: Sequence[Tensor], sampler: SpanSampler, hints: Hints, *, slots: int, seed: int
 ) -> list[list[tuple[int, ...]]] | None:
-    """Return the spans of blocks to score, drawn from (seed, block); None for a policy that needs no hints."""
+    """Return the spans of blocks ``[T]`` to score, drawn from (seed, block); None for a policy that needs no hints."""
     if sampler.policy not in NEEDED:
         return None
     drawn = []

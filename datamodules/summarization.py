@@ -100,7 +100,7 @@ class SummaryLayout:
         return 0, stop, pads
 
     def prompt(self, document: Sequence[int] | Int64Array, room: int) -> Int64Array:
-        """Return the prompt of a document: at most ``room`` tokens, padding in front included."""
+        """Return the prompt of a document, int64 ``[P]``: at most ``room`` tokens, padding in front included."""
         start, stop, pads = self.cut(len(document), room)
         front = np.full(pads, self.pad_token_id, np.int64)
         kept = np.asarray(document[start:stop], np.int64)
@@ -168,7 +168,7 @@ def format_summarization(
         loss_on: ``all`` or ``summary``.
 
     Returns:
-        See `SummaryLayout.row`.
+        ``[T]`` each, see `SummaryLayout.row`.
 
     Raises:
         ValueError: see `SummaryLayout`.

@@ -90,7 +90,7 @@ class SummaryStore:
         alignment: Alignment,
         pad_token_id: int,
     ) -> list[Int64Array]:
-        """Return the prompts of the first pairs, int64, each with room for a summary of ``max_new_tokens``.
+        """Return the prompts of the first pairs, int64 ``[P]`` each, with room for a summary of ``max_new_tokens``.
 
         Raises:
             ValueError: see ``datamodules.summarization.SummaryLayout``.

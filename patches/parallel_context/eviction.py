@@ -63,7 +63,7 @@ def observed_attention(query: Tensor, key: Tensor, scale: float, start: int, sto
 
 
 def pool_scores(scores: Tensor, kernel: int, pool: str) -> Tensor:
-    """Pool the last dimension with stride 1 and borders that keep its length ("mean": over the covered slots)."""
+    """Pool scores ``[..., N]`` with stride 1 and borders that keep N ("mean": over the covered slots)."""
     if kernel == 1 or not scores.shape[-1]:
         return scores
     flat = scores.reshape(1, -1, scores.shape[-1])
@@ -75,7 +75,7 @@ def pool_scores(scores: Tensor, kernel: int, pool: str) -> Tensor:
 
 
 def best_slots(scores: Tensor, count: int) -> Tensor:
-    """Return the indices of the ``count`` largest scores of the last dimension, ascending; ties keep the earlier."""
+    """Return the indices ``[..., count]`` of the largest of scores ``[..., N]``, ascending; ties keep the earlier."""
     order = torch.sort(scores, dim=-1, descending=True, stable=True).indices
     return order[..., :count].sort(-1).values
 

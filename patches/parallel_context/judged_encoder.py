@@ -54,7 +54,10 @@ def encode_judged(
     parts: list[KeyPart],
     queries: Queries | None,
 ) -> PieceCache:
-    """Encode pieces behind the prefix ``parts`` and keep what the policies want."""
+    """Encode pieces behind the prefix ``parts`` and keep what the policies want.
+
+    ``following`` ``[B]`` is the position after the pieces of each row.
+    """
     policy = options.piece_policy
     offset = parts[0].keys.shape[2] if parts else 0
     rows = [

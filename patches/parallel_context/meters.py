@@ -62,7 +62,7 @@ class Recorder:
         self._valid.append(valid.cpu())
 
     def add(self, query: Tensor, found: Attended) -> None:
-        """Take the statistics of the next layer."""
+        """Take the statistics of the next layer: its queries ``[B, H, T, D]`` and what they found."""
         if not self.meters:
             return
         acc = torch.promote_types(query.dtype, torch.float32)

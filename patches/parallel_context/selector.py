@@ -46,7 +46,7 @@ class Selector:
     def prepare(
         self, layer: int, problem: Problem, lengths: list[int]
     ) -> tuple[SelectiveAttention | None, Tensor | None]:
-        """Return the selection and the scores of a layer's call; None where tiles find their own scores."""
+        """Return the selection and the scores ``[B, H, T, K]`` of a layer's call; None where tiles find their own."""
         selection = self.selection
         if selection is None:
             return None, None

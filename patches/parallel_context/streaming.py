@@ -49,7 +49,7 @@ class StreamingRule:
         return replace(part, turned=Turned(query, distance >= window))
 
     def frequencies(self, layer: int) -> Tensor:
-        """Return the inverse frequencies of a layer's rotary embedding."""
+        """Return the inverse frequencies ``[R / 2]`` of a layer's rotary embedding of R dimensions."""
         types = getattr(self.hook.config, "layer_types", None) or []
         rotary = self.hook.decoder.rotary_emb
         name = f"{types[layer]}_inv_freq" if layer < len(types) else "inv_freq"

@@ -109,7 +109,7 @@ class EvictingCache(Cache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
-        """Store keys and values of a layer; columns that nobody appended count as plain tokens."""
+        """Store keys and values ``[B, H, T, D]`` of a layer; columns that nobody appended count as plain tokens."""
         if layer_idx == 0:
             new, pending = key_states.shape[2], self._pending()
             if not pending:
@@ -192,7 +192,7 @@ class EvictingCache(Cache):
         return self.from_state({name: tensor.clone() for name, tensor in self.state().items()}, self.num_seen)
 
     def state(self) -> dict[str, Tensor]:
-        """Return the tensors that, with `num_seen`, are the cache; views, without slack."""
+        """Return views that, with `num_seen`, are the cache: entries ``[4, B, P]``, keys, values ``[B, H, P, D]``."""
         tensors = {"entries": self._entries.fields}
         for number, layer in enumerate(self.layers):
             if layer.is_initialized:
@@ -201,7 +201,7 @@ class EvictingCache(Cache):
 
     @classmethod
     def from_state(cls, tensors: dict[str, Tensor], num_seen: int) -> "EvictingCache":
-        """Build a cache that holds the tensors of `state`."""
+        """Build a cache that holds the tensors of `state`: ``[4, B, P]`` and ``[B, H, P, D]``."""
         cache = cls()
         if tensors["entries"].shape[1]:
             cache._entries, cache.num_seen = EntryTable(tensors["entries"]), num_seen
@@ -225,12 +225,12 @@ class EvictingCache(Cache):
 
 
 def write_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write tensors and metadata to one safetensors file."""
+    """Write tensors of any shape ``[...]`` and metadata to one safetensors file."""
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata)
 
 
 def read_tensors(path: str | Path, device: torch.device | str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read what `write_tensors` wrote.
+    """Read the tensors ``[...]`` and the metadata that `write_tensors` wrote.
 
     Raises:
         FileNotFoundError: if there is no such file.

@@ -14,7 +14,7 @@ def roomy_size(size: int) -> int:
 
 
 def grown(buffer: Tensor, size: int, new: Tensor, dim: int) -> Tensor:
-    """Write `new` behind the first `size` entries of a buffer along `dim`, in place if there is room for it.
+    """Write `new` ``[..., T, ...]`` behind the first `size` entries of a buffer along `dim`, in place if it fits.
 
     Returns:
         The buffer, or a larger one that holds what it held.
@@ -40,12 +40,12 @@ class EvictingLayer(CacheLayerMixin):
     is_sliding = False
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Take shapes, dtype and device from the first keys and values."""
+        """Take shapes, dtype and device from the first keys and values ``[B, H, T, D]``."""
         self.dtype, self.device = key_states.dtype, key_states.device
         self.hold(key_states[:, :, :0].clone(), value_states[:, :, :0].clone())
 
     def hold(self, keys: Tensor, values: Tensor) -> None:
-        """Store exactly these tensors."""
+        """Store exactly these keys and values ``[B, H, P, D]``."""
         self._key_buffer, self._value_buffer = self.keys, self.values = keys, values
         self.is_initialized = True
 

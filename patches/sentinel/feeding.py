@@ -34,7 +34,7 @@ class Columns:
 
     @classmethod
     def plain(cls, input_ids: Tensor, position_ids: Tensor, valid: Tensor | None = None) -> "Columns":
-        """Return columns outside any span, over a cache whose spans are all closed; `valid` False marks padding."""
+        """Return columns ``[B, T]`` outside any span, over a cache whose spans are all closed; invalid is padding."""
         outside = torch.zeros_like(input_ids)
         if valid is None:
             return cls(input_ids, outside + PLAIN, outside, position_ids, all_visible=True)

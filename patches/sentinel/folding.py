@@ -59,7 +59,7 @@ def plan_row(plain: np.ndarray, groups: dict[int, tuple[int, int]], budget: Budg
     """Plan folds and drops until a row fits.
 
     Args:
-        plain: Positions of the plain entries, increasing.
+        plain: Positions of the plain entries ``[P]``, increasing.
         groups: For each span number the position of its slots and how many they are.
         budget: Limits.
         slots: K.

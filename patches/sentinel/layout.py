@@ -55,7 +55,7 @@ class SpanLayout:
         """Bracket spans of original tokens: ``open_id`` before each, the slot ids after it; pad on the right.
 
         Args:
-            input_ids: Ragged rows of original token ids.
+            input_ids: Ragged rows of original token ids, ``[T]`` each.
             spans: For each row half-open ranges ``(start, end)`` of original indices, in any order. A third number,
                 ``close``, puts all sentinels of the span before the token of that index instead; until then the
                 tokens of the span stay visible.
