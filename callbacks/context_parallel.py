@@ -21,7 +21,7 @@ class ContextParallel(DDPStrategy):
         process_group_backend: ``nccl``, ``gloo``; None: what goes with the device.
 
     Attributes:
-        sequence_group: the group of this process, once processes are connected.
+        sequence_group: the group of this process, once processes are connected; None: it has each sequence to itself.
 
     Raises:
         ValueError: groups of this size do not divide the processes.
@@ -54,6 +54,8 @@ class ContextParallel(DDPStrategy):
                 f"context_parallel_size must divide the number of processes, got {self.group_size} and {processes}"
             )
         super().setup_distributed()
+        if self.group_size == 1:
+            return
         for first in range(0, processes, self.group_size):
             ranks = list(range(first, first + self.group_size))
             connection = dist.new_group(ranks)  # which every process has to call for every group
