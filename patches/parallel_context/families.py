@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import nn
 
+from patches.weights_identity import weights_digest
+
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "gpt_neox", "phi3")
 SUITE_MODELS = ("drt", "sliding_window_lm")
 GROWING_ROPE = ("dynamic", "longrope")
@@ -86,7 +88,7 @@ def check_positions(model: Any, greatest: float) -> None:
 
 
 def model_fingerprint(model: Any) -> dict[str, Any]:
-    """Return what two models must share to use each other's keys: family, sizes and rotary parameters."""
+    """Return what two models must share to use each other's keys: family, sizes, rotary parameters and weights."""
     config = text_config(model.get_base_model() if hasattr(model, "get_base_model") else model)
     names = (
         "model_type",
@@ -101,4 +103,5 @@ def model_fingerprint(model: Any) -> dict[str, Any]:
         "rope_parameters",
     )
     fields = {name: getattr(config, name, None) for name in names}
+    fields["weights"] = weights_digest(model)
     return json.loads(json.dumps(fields, sort_keys=True, default=str))

@@ -6,7 +6,7 @@ Legend: B batch, P physical entries, T columns of a call, L layers.
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers.cache_utils import Cache
@@ -234,8 +234,12 @@ def read_tensors(path: str | Path, device: torch.device | str) -> tuple[dict[str
 
     Raises:
         FileNotFoundError: if there is no such file.
+        ValueError: if it is damaged or cut off.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no saved cache at {path}")
-    with safe_open(path, "pt", device=str(device)) as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    try:
+        with safe_open(path, "pt", device=str(device)) as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or holds no cache ({error}): make it again") from error

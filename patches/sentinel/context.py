@@ -20,6 +20,7 @@ from patches.sentinel.layout import SpanLayout
 from patches.sentinel.layout_parts import Span
 from patches.sentinel.sampler import SpanSampler
 from patches.sentinel.sentinels import Sentinels, suppress
+from patches.weights_identity import weights_digest
 
 Sampler = Callable[..., Sequence[Span]]
 
@@ -35,6 +36,8 @@ class CompressedContext:
     """``[B]`` int64: position of the next token."""
     next_logits: Tensor
     """``[B, V]``: prediction of the last token read, sentinel columns at -inf."""
+    weights: str = ""
+    """`patches.weights_identity.weights_digest` of the model that read it; empty if unknown."""
 
     @property
     def num_tokens(self) -> Tensor:
@@ -72,7 +75,7 @@ class CompressedContext:
     def fork(self) -> "CompressedContext":
         """Return an independent copy."""
         return CompressedContext(
-            self.cache.fork(), self.sentinels, self.next_position.clone(), self.next_logits.clone()
+            self.cache.fork(), self.sentinels, self.next_position.clone(), self.next_logits.clone(), self.weights
         )
 
     def repeat(self, repeats: int) -> None:
@@ -99,15 +102,34 @@ class CompressedContext:
         if self.sentinels is None:
             raise ValueError("only a context with sentinels is saved; save its cache instead")
         ids = " ".join(map(str, self.sentinels.ids))
-        write_tensors(path, tensors, {"num_seen": str(self.cache.num_seen), "sentinels": ids})
+        plain = {"num_seen": str(self.cache.num_seen), "sentinels": ids, "weights": self.weights}
+        write_tensors(path, tensors, plain)
 
     @classmethod
-    def load(cls, path: str | Path, device: torch.device | str = "cpu") -> "CompressedContext":
-        """Read a context that `save` wrote, bit for bit."""
+    def load(
+        cls, path: str | Path, device: torch.device | str = "cpu", *, model: nn.Module | None = None
+    ) -> "CompressedContext":
+        """Read a context that `save` wrote, bit for bit.
+
+        Args:
+            path: The file.
+            device: Where its tensors go.
+            model: The model that will continue it; another one than it was read by is refused.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if it holds no context, or that of another model.
+        """
         tensors, metadata = read_tensors(path, device)
+        if not {"sentinels", "num_seen"} <= metadata.keys():
+            raise ValueError(f"{path} holds no context: compress the text again")
         open_id, *slot_ids = map(int, metadata["sentinels"].split())
+        weights = metadata.get("weights", "")
+        if model is not None and weights and weights != weights_digest(model, (open_id, *slot_ids)):
+            raise ValueError(f"the context at {path} was read by a model with other weights: compress the text again")
         cache = EvictingCache.from_state(tensors, int(metadata["num_seen"]))
-        return cls(cache, Sentinels(open_id, tuple(slot_ids)), tensors["next_position"], tensors["next_logits"])
+        sentinels = Sentinels(open_id, tuple(slot_ids))
+        return cls(cache, sentinels, tensors["next_position"], tensors["next_logits"], weights)
 
 
 @torch.no_grad()
@@ -160,7 +182,8 @@ def compress(
         cache.evict(layout.needed(layout.kind.shape[1] - 1))
     else:
         next_logits = _at_columns(stream(model, layout, chunk_size, cache), last)
-    return CompressedContext(cache, sentinels, layout.num_tokens, suppress(next_logits, sentinels))
+    weights = weights_digest(model, sentinels.ids)
+    return CompressedContext(cache, sentinels, layout.num_tokens, suppress(next_logits, sentinels), weights)
 
 
 def _at_columns(chunks: Iterator[Tensor], column: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """The encoded context: unchanged by queries, kept on disk bit for bit, selected, evicted, stacked."""
 
+import copy
+
 import pytest
 import torch
 from piece_models import pieces_of, text, tiny_model
@@ -79,6 +81,14 @@ def test_files_know_their_model(tmp_path):
         state.save(tmp_path / "state.safetensors")
     with pytest.raises(ValueError, match=r"another model: .*num_hidden_layers 3 is not 2"):
         PieceCache.load(tmp_path / "state.safetensors", model=tiny_model(layers=2))
+    trained = copy.deepcopy(tiny_model())
+    with torch.no_grad():
+        trained.model.layers[0].self_attn.k_proj.weight[-1] += 0.1
+    with pytest.raises(ValueError, match=r"another model: weights .* is not "):
+        PieceCache.load(tmp_path / "state.safetensors", model=trained)
+    with bind(trained) as pc, pytest.raises(ValueError, match="encoded by another model"):
+        pc.score(state, text(3))
+    assert PieceCache.load(tmp_path / "state.safetensors", model=tiny_model()).num_pieces == state.num_pieces
     with bind(tiny_model("qwen3")) as pc, pytest.raises(ValueError, match="encoded by another model"):
         pc.score(state, text(3))
     with pytest.raises(FileNotFoundError, match="no piece cache"):

@@ -116,6 +116,24 @@ def test_a_saved_context_is_the_same(tmp_path):
     assert loaded.extend(model, question).equal(context.fork().extend(model, question))
     with pytest.raises(FileNotFoundError, match="no saved cache"):
         CompressedContext.load(tmp_path / "nothing")
+    path = tmp_path / "context.safetensors"
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(ValueError, match="damaged or holds no cache"):
+        CompressedContext.load(path)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("changed", ["model.layers.1.mlp.down_proj.weight", "model.embed_tokens.weight"])
+def test_a_saved_context_belongs_to_the_weights_that_read_it(tmp_path, changed):
+    model, path = tiny_model("llama"), tmp_path / "context.safetensors"
+    context = compress(model, torch.tensor([[5, 6, 7, 8, 9, 10]]), TWO, spans=[[(1, 5)]])
+    context.fork().save(path)
+    assert CompressedContext.load(path, model=tiny_model("llama")).weights == context.weights
+    assert CompressedContext.load(path, model=tiny_model("llama").bfloat16()).weights == context.weights
+    model.get_parameter(changed)[TWO.slot_ids[1] if "embed" in changed else -1] += 0.1
+    with pytest.raises(ValueError, match="was read by a model with other weights"):
+        CompressedContext.load(path, model=model)
+    assert CompressedContext.load(path).num_kept.equal(context.num_kept)
 
 
 @torch.no_grad()
