@@ -52,6 +52,8 @@ class EqualCalls:
 
     def __enter__(self) -> EqualCalls:
         if self.active:
+            # Losses read it without a call. ZeRO-3 gathers what is read, once, for the rest of a step.
+            getattr(self._head, "weight", None)
             self._hooks = [
                 module.register_forward_pre_hook(self._before(part), prepend=True)  # what gathers is a hook, too
                 for part, module in ((_DECODER, self._decoder), (_HEAD, self._head))

@@ -22,19 +22,16 @@ from evaluation.compatibility import TokenizedCorpus, check_length, check_tokens
 from evaluation.gathering import gather, joined
 from evaluation.loading import load_model
 from evaluation.model_paths import HUB, identity_of, named_models
-from evaluation.passkey.figure import save_needle_map
-from evaluation.passkey.haystack import answer_sample, chunk_memory, read_haystack, summary
+from evaluation.passkey.haystack import answer_sample, chunk_memory, read_haystack
+from evaluation.passkey.report import length_rows, publish
 from evaluation.peak_memory import PeakMemory
 from evaluation.prediction_log import PredictionLog
 from evaluation.processes import Process
-from evaluation.results import csv_text, digest, json_text, text_table, write_json, write_text
+from evaluation.results import digest
 from evaluation.scoring import TokenStream, scoring_mode
 from evaluation.token_progress import TokenProgress
 
 Dtype = Literal["float32", "bfloat16", "float16"]
-SHARES = ("exact_match", "teacher_forced", "scored_token", "first_token", "last_token")
-COLUMNS = ("model", "length", "num_tokens", "depth", "num_samples", *SHARES)
-SHOWN = ("model", "length", "num_samples", "exact_match", "scored_token", "tokens_per_second", "peak_memory_mib")
 
 
 class PasskeyTask:
@@ -115,7 +112,9 @@ class PasskeyTask:
                 folder = output / "answers" / f"{re.sub(r'[^A-Za-z0-9._+-]+', '_', label)}-{request}"
                 found = self._answers(path, folder)
                 if self.process.is_first:
-                    rows += [{"model": label} | row for row in self._rows(found)]
+                    rows += [
+                        {"model": label} | row for row in length_rows(found, self.lengths, self.depths, self._wanted())
+                    ]
                     answers += [{"model": label} | found[key] for key in sorted(found) if key in self._wanted()]
         if not self.process.is_first:
             return None
@@ -154,32 +153,12 @@ class PasskeyTask:
         count = self.num_samples * len(self.depths or [None])
         return [(length, index) for length in self.lengths for index in range(count)]
 
-    def _rows(self, found: Mapping[tuple[Any, ...], dict[str, Any]]) -> list[dict[str, Any]]:
-        """Return one row for each length, with one for each depth of the grid inside."""
-        rows = []
-        for length, num_tokens in self.lengths.items():
-            answers = [found[key] for key in self._wanted() if key[0] == length]
-            peaks = [answer["peak_memory_bytes"] for answer in answers if answer["peak_memory_bytes"]]
-            row = {"length": length, "num_tokens": num_tokens, "depth": None} | summary(answers)
-            row["tokens_per_second"] = num_tokens * len(answers) / sum(answer["seconds"] for answer in answers)
-            row["peak_memory_mib"] = max(peaks) / 2**20 if peaks else None
-            by_depth = [
-                {"depth": depth} | summary([answer for answer in answers if answer["depth"] == depth])
-                for depth in self.depths or []
-            ]
-            rows.append(row | {"by_depth": by_depth})
-        return rows
-
     def _publish(
         self, rows: list[dict[str, Any]], described: dict[str, Any], answers: list[dict[str, Any]], output: Path
     ) -> dict[str, Any]:
-        metrics = {"task": "passkey", "protocol": self._protocol() | self._circumstances(), "models": described}
-        write_text(output / "predictions.jsonl", "".join(json_text(answer) + "\n" for answer in answers))
-        write_json(output / "metrics.json", metrics | {"results": rows})
-        cells = [row | cell for row in rows for cell in row["by_depth"] or [{}]]
-        write_text(output / "passkey.csv", csv_text(cells, COLUMNS))
-        save_needle_map(rows, output / "passkey.png", title=f"Needle ({self.task.kind}): exact match of the answer")
-        return metrics | {"results": rows, "table": "\n".join([text_table(rows, SHOWN), *self._remarks()])}
+        protocol = self._protocol() | self._circumstances()
+        metrics = {"task": "passkey", "protocol": protocol, "models": described, "results": rows}
+        return publish(metrics, answers, output, kind=str(self.task.kind), remarks=self._remarks())
 
     def _remarks(self) -> list[str]:
         longest = max(self.lengths.values())

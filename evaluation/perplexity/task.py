@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -19,29 +18,18 @@ from transformers import AutoConfig
 from evaluation.arithmetic import device_name, versions
 from evaluation.cache_memory import check_memory
 from evaluation.compatibility import TokenizedCorpus, check_length, check_tokens
-from evaluation.figures import save_comparison, save_loss_by_position, save_perplexity_by_length
 from evaluation.gathering import gather, joined
 from evaluation.loading import load_model
 from evaluation.model_paths import HUB, identity_of, named_models
 from evaluation.peak_memory import PeakMemory
 from evaluation.perplexity.journal import Journal
 from evaluation.perplexity.reading import Reading
+from evaluation.perplexity.report import publish
 from evaluation.perplexity.stream import score_stream
 from evaluation.processes import Process
-from evaluation.results import (
-    csv_text,
-    digest,
-    json_text,
-    read_json,
-    text_table,
-    write_json,
-    write_text,
-)
+from evaluation.results import digest, read_json, write_json
 
 Dtype = Literal["float32", "bfloat16", "float16", "bfloat16-mixed"]
-SHOWN = ("model", "length", "num_targets", "loss", "perplexity", "bits_per_byte")
-PUBLISHED = "published_mean_loss"
-COLUMNS = (*SHOWN, "stride", "nll_sum", PUBLISHED, "seconds", "peak_memory_bytes")
 
 
 class PerplexityTask:
@@ -115,7 +103,7 @@ class PerplexityTask:
         if not self.process.is_first:
             return None
         protocol |= {"tokenizers": compared, "processes": self.process.world_size}
-        return _publish({"task": "perplexity", "protocol": protocol, "models": described, "results": results}, output)
+        return publish({"task": "perplexity", "protocol": protocol, "models": described, "results": results}, output)
 
     def _compare(self, label: str, path: str) -> str:
         try:
@@ -243,24 +231,3 @@ class PerplexityTask:
             raise ValueError("parity=published means windows that do not overlap and no BOS: leave both options out")
         if self.dtype not in get_args(Dtype):
             raise ValueError(f"dtype is one of {', '.join(get_args(Dtype))}, got {self.dtype}")
-
-
-def _publish(metrics: dict[str, Any], output: Path) -> dict[str, Any]:
-    """Write everything made of the results; return the metrics with the table as text."""
-    lines = []
-    for result in metrics["results"]:
-        for start, stop, first_target, nll_sum in result.pop("windows"):
-            window = {"start": start, "stop": stop, "first_target": first_target, "nll_sum": nll_sum}
-            lines.append(json_text({"model": result["model"], "length": result["length"]} | window) + "\n")
-    write_text(output / "predictions.jsonl", "".join(lines))
-    write_json(output / "metrics.json", metrics)
-    write_text(output / "perplexity.csv", csv_text(metrics["results"], COLUMNS))
-    curves: dict[str, dict[int, Mapping[str, Any]]] = {label: {} for label in metrics["models"]}
-    for result in metrics["results"]:
-        curves[result["model"]][result["length"]] = result
-    save_perplexity_by_length(curves, output / "perplexity_by_length.png")
-    save_loss_by_position(curves, output / "loss_by_position.png")
-    if len(curves) > 1:
-        save_comparison(curves, output / "comparison.png")
-    shown = (*SHOWN, PUBLISHED) if metrics["protocol"]["parity"] else SHOWN
-    return metrics | {"table": text_table(metrics["results"], shown)}

@@ -13,6 +13,7 @@ from evaluation.perplexity import evaluate_perplexity
 from evaluation.perplexity import journal as perplexity_journal
 from evaluation.perplexity import stream as perplexity
 from evaluation.perplexity import task as perplexity_task
+from evaluation.perplexity.report import SHOWN
 from evaluation.perplexity.task import PerplexityTask
 from preprocess.index import CorpusWriter
 
@@ -27,7 +28,7 @@ def fixed_commit(monkeypatch):
 def without_figures(monkeypatch):
     """Figures take longer than everything else here."""
     for figure in ("save_perplexity_by_length", "save_loss_by_position", "save_comparison"):
-        monkeypatch.setattr(perplexity_task, figure, lambda *_: None)
+        monkeypatch.setattr(f"evaluation.perplexity.report.{figure}", lambda *_: None)
 
 
 @pytest.fixture
@@ -75,7 +76,7 @@ def test_results_equal_single_evaluations(folders, llama, stream, tmp_path):
     windows = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
     total = sum(w["nll_sum"] for w in windows if (w["model"], w["length"]) == ("b", 8))
     assert total == pytest.approx(stored["results"][2]["nll_sum"])
-    assert result["table"].splitlines()[0].split() == list(perplexity_task.SHOWN)
+    assert result["table"].splitlines()[0].split() == list(SHOWN)
     for name in ("perplexity_by_length.png", "loss_by_position.png", "comparison.png"):
         assert (out / name).stat().st_size > 5000
 
