@@ -53,6 +53,8 @@ class ForgettingDecoding:
         """Spans folded, over all rows."""
         self.num_dropped = 0
         """Entries dropped, over all rows: loss of context, not compression."""
+        self.num_forgotten = 0
+        """Slots that left because of the option `forget`, over all rows."""
         self.final_context: CompressedContext | None = None
         """Everything that was fed: the prompt and all generated tokens but the last of each row."""
 

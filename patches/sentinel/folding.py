@@ -29,6 +29,8 @@ class Budget:
     recent_tokens: int
     may_drop: bool = True
     """Drop the oldest slots where nothing is left to fold; else wait until there is."""
+    forget: int = 0
+    """Thousandths of the closed spans, oldest first, whose slots leave."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,19 @@ class Fold:
     """Position of its first token."""
     last: int
     """Position of its last token."""
+    number: int
+    """Number of the span."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Slots of a span that is closed, or will be."""
+
+    position: int
+    number: int
+    entries: int
+    fold: Fold | None = None
+    """What makes them; None if they are there."""
 
 
 @dataclass
@@ -53,6 +68,20 @@ class RowPlan:
     """Numbers of the spans whose slots leave."""
     num_folds: int = 0
     num_dropped: int = 0
+    num_forgotten: int = 0
+
+    @property
+    def evicts(self) -> bool:
+        """Whether entries leave without being folded."""
+        return bool(self.gone or self.gone_spans)
+
+    def remove(self, group: Group) -> None:
+        """Note that slots leave; those of a planned fold are not even made."""
+        if group.fold is None:
+            self.gone_spans.append(group.number)
+        else:
+            self.folds.remove(group.fold)
+            self.gone.extend(range(group.fold.first, group.fold.last + 1))
 
 
 def plan_row(plain: np.ndarray, groups: dict[int, tuple[int, int]], budget: Budget, slots: int) -> RowPlan:
@@ -64,10 +93,9 @@ def plan_row(plain: np.ndarray, groups: dict[int, tuple[int, int]], budget: Budg
         budget: Limits.
         slots: K.
     """
-    plan = RowPlan()
-    # (position, number of the span or the fold that makes it, entries)
-    held: list[tuple[int, int | Fold, int]] = [(place, number, size) for number, (place, size) in groups.items()]
-    while len(plain) + sum(size for *_, size in held) > budget.entries:
+    plan, closed = RowPlan(), max(groups, default=0)
+    held = [Group(place, number, size) for number, (place, size) in groups.items()]
+    while len(plain) + sum(group.entries for group in held) > budget.entries:
         start = int(np.searchsorted(plain, budget.num_sinks))
         stop = max(start, len(plain) - budget.recent_tokens)
         foldable = plain[start:stop]
@@ -81,11 +109,11 @@ def plan_row(plain: np.ndarray, groups: dict[int, tuple[int, int]], budget: Budg
         elif not budget.may_drop:
             break
         elif held or len(outside):
-            oldest = min(held, key=lambda group: group[0], default=None)
-            if oldest is not None and (not len(outside) or oldest[0] <= outside[0]):
+            oldest = min(held, key=lambda group: group.position, default=None)
+            if oldest is not None and (not len(outside) or oldest.position <= outside[0]):
                 held.remove(oldest)
-                plan.num_dropped += oldest[2]
-                _forget(plan, oldest[1])
+                plan.num_dropped += oldest.entries
+                plan.remove(oldest)
             else:
                 plain = np.delete(plain, start)
                 plan.num_dropped += 1
@@ -93,21 +121,22 @@ def plan_row(plain: np.ndarray, groups: dict[int, tuple[int, int]], budget: Budg
             continue
         else:
             begin, size = 0, len(foldable)
-        fold = Fold(int(foldable[begin]), int(foldable[begin + size - 1]))
+        closed += 1
+        fold = Fold(int(foldable[begin]), int(foldable[begin + size - 1]), closed)
         plain = np.delete(plain, slice(start + begin, start + begin + size))
         plan.folds.append(fold)
         plan.num_folds += 1
-        held.append((fold.last, fold, slots))
+        held = _remembered([*held, Group(fold.last, closed, slots, fold)], closed * budget.forget // 1000, plan)
     return plan
 
 
-def _forget(plan: RowPlan, owner: int | Fold) -> None:
-    """Note that slots leave; those of a planned fold are not even made."""
-    if isinstance(owner, Fold):
-        plan.folds.remove(owner)
-        plan.gone.extend(range(owner.first, owner.last + 1))
-    else:
-        plan.gone_spans.append(owner)
+def _remembered(held: list[Group], gone: int, plan: RowPlan) -> list[Group]:
+    """Return the groups behind the first ``gone`` spans; the others leave."""
+    for group in held:
+        if group.number <= gone:
+            plan.num_forgotten += group.entries
+            plan.remove(group)
+    return [group for group in held if group.number > gone]
 
 
 def plan_rows(cache: EvictingCache, budgets: Sequence[Budget], slots: int) -> list[RowPlan]:
@@ -138,7 +167,7 @@ def carry_out(
         most_entries: Physical entries that must not be exceeded on the way.
     """
     waiting = [list(plan.folds) for plan in plans]
-    if not any(waiting) or any(plan.num_dropped for plan in plans):
+    if not any(waiting) or any(plan.evicts for plan in plans):
         cache.evict(_kept(cache, plans))
     while any(waiting):
         number = max(1, (most_entries - cache.num_physical) // len(sentinels.ids))
@@ -150,7 +179,7 @@ def _kept(cache: EvictingCache, plans: list[RowPlan]) -> Tensor:
     """Return bool ``[B, P]``: entries that are neither holes nor dropped."""
     keep = cache.index != HOLE
     for row, plan in enumerate(plans):
-        if plan.gone or plan.gone_spans:
+        if plan.evicts:
             device = keep.device
             gone = torch.isin(cache.position_ids[row], torch.tensor(plan.gone, dtype=torch.int64, device=device))
             spans = torch.isin(cache.span[row], torch.tensor(plan.gone_spans, dtype=torch.int64, device=device))
@@ -163,22 +192,20 @@ def _fold(model: nn.Module, cache: EvictingCache, sentinels: Sentinels, folds: l
     """Turn runs of plain entries into slots, several of each row in one call, and evict the runs."""
     slots, most = sentinels.slots, max(map(len, folds))
     shape = (len(folds), most, 1 + slots)
-    first, last, used = (torch.zeros(shape[:2], dtype=torch.int64) for _ in range(3))
+    first, last, number = (torch.zeros(shape[:2], dtype=torch.int64) for _ in range(3))
     for row, own in enumerate(folds):
         for order, fold in enumerate(own):
-            first[row, order], last[row, order], used[row, order] = fold.first, fold.last, 1
-    first, last, used = (table.to(cache.kind.device) for table in (first, last, used))
-    # Spans are numbered on from the highest number of the row.
-    number = cache.span.amax(1, keepdim=True).clamp(min=0) + used.cumsum(1)
+            first[row, order], last[row, order], number[row, order] = fold.first, fold.last, fold.number
+    first, last, number = (table.to(cache.kind.device) for table in (first, last, number))
     position = cache.position_ids
     for order in range(most):
         inside = (position >= first[:, order, None]) & (position <= last[:, order, None]) & (cache.kind == PLAIN)
-        cache.renumber(inside & (used[:, order, None] == 1), number[:, order, None])
+        cache.renumber(inside & (number[:, order, None] > 0), number[:, order, None])
     kind = torch.tensor([OPEN, *[SLOT] * slots], device=number.device).expand(shape)
     position = torch.cat([(first - 1).clamp(min=0)[..., None], last[..., None].expand(-1, -1, slots)], dim=2)
     columns = Columns(
         input_ids=torch.tensor(sentinels.ids, device=number.device).expand(shape).flatten(1),
-        kind=torch.where(used[..., None] == 1, kind, PAD).flatten(1),
+        kind=torch.where(number[..., None] > 0, kind, PAD).flatten(1),
         span=number[..., None].expand(shape).flatten(1),
         position_ids=position.flatten(1),
     )

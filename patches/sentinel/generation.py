@@ -30,6 +30,7 @@ class SentinelGenerator(ForgettingDecoding):
         span_length: int = 24,
         num_sinks: int = 4,
         recent_tokens: int = 32,
+        forget: int = 0,
         prefill_chunk: int | None = None,
         context: CompressedContext | None = None,
     ) -> None:
@@ -43,6 +44,8 @@ class SentinelGenerator(ForgettingDecoding):
             span_length: Tokens folded at once.
             num_sinks: First positions that stay.
             recent_tokens: Newest plain tokens that stay.
+            forget: Thousandths of the spans folded so far, oldest first, whose slots leave, as in the rows of a policy
+                that forgets (``SpanSampler.forget``); what they leave goes to plain tokens.
             prefill_chunk: Tokens of the prompt fed at once; None = all.
             context: Continue a fork of this context; the prompt is what follows it.
 
@@ -66,10 +69,17 @@ class SentinelGenerator(ForgettingDecoding):
                 f"compression_ratio is the fraction removed, in [0, 1), and takes the place of a budget, "
                 f"got {compression_ratio} and budget {budget}"
             )
+        folds = budget is not None or compression_ratio is not None
+        if not 0 <= forget < 1000 or (forget and not folds):
+            raise ValueError(
+                f"forget is thousandths of the folded spans, from 0 to 999, and needs a budget or a compression_ratio, "
+                f"got {forget}"
+            )
         super().__init__(sentinels, prefill_chunk=prefill_chunk, context=context)
         self.compression_ratio = compression_ratio
-        self._limits = Budget(budget or 0, span_length, num_sinks, recent_tokens, may_drop=budget is not None)
-        self._folds = budget is not None or compression_ratio is not None
+        spared = (num_sinks, recent_tokens)
+        self._limits = Budget(budget or 0, span_length, *spared, may_drop=budget is not None, forget=forget)
+        self._folds = folds
 
     def shorten(self, model: Any, state: CompressedContext, *, num_fed: int) -> None:
         """Fold until every row is within its limits."""
@@ -81,10 +91,11 @@ class SentinelGenerator(ForgettingDecoding):
             return
         plans = plan_rows(state.cache, limits, self.sentinels.slots)
         most = max(most + num_fed, state.cache.num_physical) + len(self.sentinels.ids)
-        if any(plan.folds or plan.num_dropped for plan in plans):
+        if any(plan.folds or plan.evicts for plan in plans):
             carry_out(model, state.cache, self.sentinels, plans, most_entries=most)
         self.num_folds += sum(plan.num_folds for plan in plans)
         self.num_dropped += sum(plan.num_dropped for plan in plans)
+        self.num_forgotten += sum(plan.num_forgotten for plan in plans)
 
     def _limits_of_rows(self, state: CompressedContext) -> list[Budget]:
         """Return the limits of each row now."""

@@ -8,12 +8,13 @@ from patches.sentinel import OPEN, PLAIN, SLOT
 class DenseFolds:
     """The budget policy of one row, told naively: every column that is ever fed, and what each may see."""
 
-    def __init__(self, sentinels, *, budget, span_length, num_sinks, recent_tokens):
+    def __init__(self, sentinels, *, budget, span_length, num_sinks, recent_tokens, forget=0):
         self.sentinels, self.budget, self.span_length = sentinels, budget, span_length
         self.num_sinks, self.recent_tokens = num_sinks, recent_tokens
         self.ids, self.kinds, self.positions, self.sees = [], [], [], []
         self.live, self.groups = [], []
-        self.folds = self.dropped = self.peak = 0
+        self.folds = self.dropped = self.forgotten = self.peak = 0
+        self.forget, self.numbers = forget, {}
 
     def add(self, token, kind, position, visible):
         self.ids.append(token)
@@ -66,7 +67,13 @@ class DenseFolds:
         for slot_id in self.sentinels.slot_ids:
             span.append(self.add(slot_id, SLOT, last, [*run, *span]))
         self.live = [column for column in self.live if column not in run] + span[1:]
+        closed = 1 + max((self.numbers[group[0]] for group in self.groups), default=0)
         self.groups.append(span[1:])
+        self.numbers[span[1]] = closed
+        for group in [group for group in self.groups if self.numbers[group[0]] <= closed * self.forget // 1000]:
+            self.forgotten += len(group)
+            self.live = [column for column in self.live if column not in group]
+            self.groups.remove(group)
 
     def logits(self, model, columns, window):
         size = len(self.ids)

@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from sentinel_cases import FIXTURES, ONE, TWO, stored, tiny_model
 from transformers import AutoModelForCausalLM, LogitsProcessor
 
-from patches.sentinel import PLAIN, SentinelGenerator, Sentinels, compress
+from patches.sentinel import PLAIN, SLOT, SentinelGenerator, Sentinels, compress
 
 THREE = Sentinels(100, (101, 102, 103))
 TEXT = [column for column in range(128) if not 100 <= column < 104]
@@ -33,6 +33,52 @@ def generate(model, prompt, forced, generator, **options):
     options = {**OPTIONS, "max_new_tokens": len(forced), **options}
     out = model.generate(torch.tensor(prompt), custom_generate=generator, logits_processor=[processor], **options)
     return out, torch.stack(processor.seen, 1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("forget", [300, 700, 999])
+@pytest.mark.parametrize(("sentinels", "prefill_chunk"), [(ONE, None), (TWO, 7), (THREE, None)])
+def test_forgetting_is_that_of_a_dense_forward_without_the_oldest_slots(sentinels, prefill_chunk, forget):
+    draw, model = random.Random(6), tiny_model("llama")
+    prompt, forced = ([draw.randrange(3, 100) for _ in range(size)] for size in (60, 60))
+    options = {"budget": 32, "span_length": 6, "num_sinks": 2, "recent_tokens": 3, "forget": forget}
+    generator = SentinelGenerator(sentinels, **options, prefill_chunk=prefill_chunk)
+    _, scores = generate(model, [prompt], forced, generator)
+    dense, lasts, size = DenseFolds(sentinels, **options), [], prefill_chunk or len(prompt)
+    steps = [prompt[start : start + size] for start in range(0, len(prompt), size)]
+    for number, tokens in enumerate([*steps, *([token] for token in forced[:-1])]):
+        dense.feed(tokens)
+        if number >= len(steps) - 1:
+            lasts.append(max(column for column, kind in enumerate(dense.kinds) if kind == PLAIN))
+    counts = (generator.num_folds, generator.num_dropped, generator.num_forgotten)
+    assert counts == (dense.folds, dense.dropped, dense.forgotten) and dense.forgotten > 0
+    wanted = dense.logits(model, lasts, None)[:, TEXT]
+    assert ((scores[0][:, TEXT] - wanted).abs() / wanted.abs().clamp(min=1)).max() < 2e-5
+    cache = generator.final_context.cache
+    assert sorted(cache.position_ids[0].tolist()) == sorted(dense.positions[column] for column in dense.live)
+
+
+@pytest.mark.parametrize("options", [{"forget": 1000, "budget": 64}, {"forget": -1, "budget": 64}, {"forget": 500}])
+def test_forgetting_that_cannot_be_is_refused(options):
+    with pytest.raises(
+        ValueError, match="forget is thousandths of the folded spans, from 0 to 999, and needs a budget"
+    ):
+        SentinelGenerator(ONE, **options)
+
+
+def test_a_ratio_with_forgetting_keeps_newer_tokens_for_older_slots():
+    model, prompt = tiny_model("llama"), [[5 + place % 90 for place in range(300)]]
+    plain = []
+    for forget in (0, 800):
+        options = {"compression_ratio": 0.7, "span_length": 6, "recent_tokens": 3, "forget": forget}
+        generator = SentinelGenerator(ONE, **options)
+        generate(model, prompt, [7] * 5, generator)
+        cache = generator.final_context.cache
+        plain.append(int((cache.kind == PLAIN).sum()))
+        assert int(cache.num_kept) <= 0.3 * 305 + 6 and generator.num_dropped == 0
+        closed = int(cache.span.max())
+        assert int((cache.kind == SLOT).sum()) == closed - closed * forget // 1000
+    assert plain[1] > 1.5 * plain[0]
 
 
 @torch.no_grad()
