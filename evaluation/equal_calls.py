@@ -35,9 +35,11 @@ class EqualCalls:
     Args:
         strategy: the trainer's; None: the model is this process' own.
         model: the causal language model, PEFT-wrapped or not.
+        head_is_read: the weight of the head is read after every call of the decoder, as `losses.output_head` does, and
+            the head never called. ZeRO-3 gathers what is read, too.
     """
 
-    def __init__(self, strategy: Strategy | None, model: Any) -> None:
+    def __init__(self, strategy: Strategy | None, model: Any, *, head_is_read: bool = False) -> None:
         self.strategy, self.model, self.active = strategy, model, shares_weights(strategy)
         self._making_up = False
         self._hooks: list[Any] = []
@@ -47,17 +49,15 @@ class EqualCalls:
             # head is then part of the call.
             apart = isinstance(base.base_model, PreTrainedModel)
             self._decoder = base.get_decoder() if apart else base
-            self._head: Any = base.get_output_embeddings() if apart else None
+            self._head: Any = base.get_output_embeddings()
+            self._calls_head, self._reads_head = apart and not head_is_read, head_is_read
             self._width, self._device = base.config.get_text_config().hidden_size, base.device
 
     def __enter__(self) -> EqualCalls:
         if self.active:
-            # Losses read it without a call. ZeRO-3 gathers what is read, once, for the rest of a step.
-            getattr(self._head, "weight", None)
             self._hooks = [
                 module.register_forward_pre_hook(self._before(part), prepend=True)  # what gathers is a hook, too
-                for part, module in ((_DECODER, self._decoder), (_HEAD, self._head))
-                if module is not None
+                for part, module in ((_DECODER, self._decoder), (_HEAD, self._head))[: 1 + self._calls_head]
             ]
         return self
 
@@ -87,6 +87,7 @@ class EqualCalls:
                 if turn == _DECODER:
                     token = torch.zeros(1, 1, dtype=torch.int64, device=self._device)
                     self._decoder(input_ids=token, use_cache=False)
+                    _ = self._head.weight if self._reads_head else None
                 else:
                     self._head(torch.zeros(1, self._width, dtype=self._head.weight.dtype, device=self._device))
             self._making_up = False

@@ -17,6 +17,7 @@ from evaluation.results import digest
 from patches.parallel_context import ParallelContext
 
 SAMPLES = 16
+SUMMED = 1 << 24
 # These change the cost of an answer, not the answer.
 _COST_ONLY = ("workspace_mb", "micro_batch_tokens", "implementation")
 # What a configuration says of its own origin; dtype and versions have entries of their own.
@@ -96,4 +97,8 @@ def _sum_of_bits(flat: Tensor) -> int | None:
     """Add up the bits of values as whole numbers, exactly; None for tensors of a package's own kind."""
     if type(flat) not in (Tensor, torch.nn.Parameter):
         return None
-    return int(flat.contiguous().view(_WHOLE[flat.element_size()]).sum(dtype=torch.int64))
+    whole = flat.contiguous().view(_WHOLE[flat.element_size()])
+    # In blocks: the sum of all would hold a copy in 8 bytes a value.
+    return int(
+        sum((block.sum(dtype=torch.int64) for block in whole.split(SUMMED)), whole.new_zeros((), dtype=torch.int64))
+    )

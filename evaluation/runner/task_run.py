@@ -64,6 +64,7 @@ class TaskRun:
         prompts: how they become tokens.
         answers: how they are answered.
         rope: rotary positions that the model was given for this run, for the protocol.
+        described: `model_entries` of the model, where they are known from another run.
 
     Raises:
         ValueError: no example, or an option that cannot serve this model.
@@ -77,6 +78,7 @@ class TaskRun:
     prompts: PromptOptions = field(default_factory=PromptOptions)
     answers: AnswerOptions = field(default_factory=AnswerOptions)
     rope: Mapping[str, Any] | None = None
+    described: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if not self.examples:
@@ -111,7 +113,7 @@ class TaskRun:
         return {
             "task": self.task.name,
             "patch": None if self.patch is None else describe_patch(self.patch),
-            **model_entries(self.model),
+            **(model_entries(self.model) if self.described is None else self.described),
             "rope": None if self.rope is None else dict(self.rope),
             "examples": digest(asked),
             "num_examples": len(self.examples),

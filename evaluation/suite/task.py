@@ -14,6 +14,7 @@ from evaluation.gathering import gather, joined
 from evaluation.model_sources import single_model
 from evaluation.processes import Process
 from evaluation.results import write_json
+from evaluation.runner.identity import model_entries
 from evaluation.runner.prompts import Place, PromptOptions, Truncation
 from evaluation.runner.run import run_share
 from evaluation.runner.task_run import AnswerOptions, Scoring, TaskRun
@@ -118,11 +119,10 @@ class TaskSuite:
 
     def _evaluate(self, work: list[tuple[Cell, list[Example]]], folder: Path) -> None:
         model, tokenizer = self.weights.load(self.model), self.model.tokenizer
+        options = {"rope": self.weights.rope, "described": model_entries(model)}
         for cell, examples in work:
             patch = self.column.patch_of(cell.task.set_name)
-            run = TaskRun(
-                cell.task, patch, model, tokenizer, examples, self.prompts, self.answers, rope=self.weights.rope
-            )
+            run = TaskRun(cell.task, patch, model, tokenizer, examples, self.prompts, self.answers, **options)
             run_share(run, folder / cell.folder, self.process)
 
     def _check_chat(self, work: list[tuple[Cell, list[Example]]]) -> None:
