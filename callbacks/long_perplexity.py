@@ -120,7 +120,8 @@ class LongPerplexity(pl.Callback):
             nll = full_context_nll(model, input_ids)
         windows = {"context_length": self.context_length, "stride": self.stride}
         # Each process has all of an evaluator; which windows are scored depends on the rows of a rank.
-        with EqualCalls(pl_module.trainer.strategy if self.evaluator is None else None, model) as calls:
+        strategy = pl_module.trainer.strategy if self.evaluator is None else None
+        with EqualCalls(strategy, model, head_is_read=True) as calls:
             short = short_context_nll(model, input_ids, **windows, valid=valid)
             calls.meet()
         return key_tokens(nll, short, alpha=self.alpha, beta=self.beta)

@@ -35,8 +35,8 @@ class EqualCalls:
     Args:
         strategy: the trainer's; None: the model is this process' own.
         model: the causal language model, PEFT-wrapped or not.
-        head_is_read: the weight of the head is read after every call of the decoder, as `losses.output_head` does, and
-            the head never called. ZeRO-3 gathers what is read, too.
+        head_is_read: the weight of the head is read after every call of the decoder, before the head is called, as
+            `losses.output_head` does. ZeRO-3 gathers what is read, too.
     """
 
     def __init__(self, strategy: Strategy | None, model: Any, *, head_is_read: bool = False) -> None:
@@ -50,7 +50,7 @@ class EqualCalls:
             apart = isinstance(base.base_model, PreTrainedModel)
             self._decoder = base.get_decoder() if apart else base
             self._head: Any = base.get_output_embeddings()
-            self._calls_head, self._reads_head = apart and not head_is_read, head_is_read
+            self._calls_head, self._reads_head = apart, head_is_read
             self._width, self._device = base.config.get_text_config().hidden_size, base.device
 
     def __enter__(self) -> EqualCalls:

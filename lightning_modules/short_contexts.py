@@ -57,7 +57,7 @@ class ShortContexts:
             parity: leave out the target behind the first window, as the published code does.
         """
         # Which windows are scored depends on the rows of a rank; a layer in slices is gathered by all ranks together.
-        with EqualCalls(strategy, model) as calls:
+        with EqualCalls(strategy, model, head_is_read=True) as calls:
             scores = score_base_nll(
                 model,
                 input_ids,
