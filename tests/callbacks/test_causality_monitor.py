@@ -40,6 +40,13 @@ def test_leaks_stop_the_run_with_position_and_value(fit, lab, amount, reach):
         fit(CausalityMonitor(), module=lab["Module"](leaky(lab, amount, reach)))
 
 
+def test_all_ranks_stop_when_one_of_them_saw_a_leak(fit, monkeypatch):
+    strategy = "lightning.pytorch.strategies.SingleDeviceStrategy"
+    monkeypatch.setattr(f"{strategy}.reduce", lambda self, tensor, *_, **__: tensor + 1)
+    with pytest.raises(CausalityError, match="another rank saw a logit that depends on a later token"):
+        fit(CausalityMonitor())
+
+
 def test_the_position_named_is_the_first_that_leaks(lab):
     window = torch.arange(16)[None]
     sentence = find_leak(leaky(lab, 1.0, 2), window, [0, 0])

@@ -59,6 +59,22 @@ def test_reports_of_several_ratios_and_weights_as_without_it(tiny_corpus):
     assert all(torch.equal(alone[name], value) for name, value in module.model.state_dict().items())
 
 
+def test_a_baseline_is_scored_with_the_options_of_the_module(tiny_corpus):
+    callback = CompressionPerplexity([0.6], num_blocks=2)
+    options = {"method": "streaming", "num_sinks": 1, "exclude_sentinel_logits": False}
+    _, module, data = train(tiny_corpus, [callback], window_size=9, **options)
+    blocks = [data.validation_blocks[i] for i in range(2)]
+
+    def score(**changes):
+        given = options | {"compression_ratio": 0.6, "sentinels": SENTINELS} | changes
+        return perplexity(module.model, blocks, sampler=SpanSampler(0.6), **given)["nll_sum"]
+
+    found = callback.last_result["compression"]["at_0.6"]["nll_sum"]
+    assert found == pytest.approx(score(), rel=1e-6)
+    for change in ({"num_sinks": 4}, {"exclude_sentinel_logits": True}):
+        assert found != pytest.approx(score(**change), rel=1e-5)
+
+
 def test_a_dense_model_is_scored_once(tiny_corpus):
     callback = CompressionPerplexity(num_blocks=1)
     train(tiny_corpus, [callback], method="dense")
