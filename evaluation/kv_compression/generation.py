@@ -163,13 +163,13 @@ class CompressionGeneration:
         known = {source: tokenizer_identity(tokenizer_of(source)) for source in set(sources.values())}
         return {cell: known[source] for cell, source in sources.items()}
 
-    def _keep(self, records: Mapping[tuple[Any, ...], dict[str, Any]], output: Path) -> None:
+    def _keep(self, records: dict[tuple[Any, ...], dict[str, Any]], output: Path) -> None:
         """Write prefixes and predictions in their order, whoever made them; those outside of the plan come last."""
         pairs = [{"example": i, "prefix": p, "reference": r} for i, (p, r) in enumerate(self.prefixes)]
         write_text(output / "prefixes.jsonl", "".join(json_text(pair) + "\n" for pair in pairs))
         planned = [(*cell, example) for cell in self.plan() for example in range(len(self.prefixes))]
-        ordered = [records[key] for key in (*planned, *(key for key in records if key not in set(planned)))]
-        write_text(output / "predictions.jsonl", "".join(json_text(record) + "\n" for record in ordered))
+        ordered = {key: records[key] for key in planned} | records
+        write_text(output / "predictions.jsonl", "".join(json_text(record) + "\n" for record in ordered.values()))
         for file in output.glob("predictions.rank*.jsonl"):
             file.unlink()
 

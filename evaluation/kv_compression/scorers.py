@@ -12,9 +12,9 @@ import torch
 from evaluation.generation_quality.bert_score import BertScore
 from evaluation.generation_quality.scores import Judge, judge_perplexity, score_generations
 from evaluation.kv_compression.models import Model, built, identity, tokenizer_of
-from evaluation.loading import load_model
+from evaluation.loading import load_model, tokenizer_identity
 from evaluation.model_paths import HUB
-from evaluation.results import model_identity
+from evaluation.results import digest, model_identity
 
 ROBERTA = "roberta-large"
 
@@ -54,10 +54,11 @@ class Scorers:
     def identity(self) -> dict[str, Any]:
         """What the scores depend on besides the texts."""
         found = {"judge": self.judge and identity(self.judge, self.seed), "bertscore": self.bertscore}
+        if self.tokenizer is not None and self.judge is not None:
+            found["judge_tokenizer"] = tokenizer_identity(tokenizer_of(self.tokenizer))
         if self.bertscore is not None:
             name = str(self.bertscore.get("encoder", ROBERTA))
-            content = model_identity(Path(name)) if Path(name).is_dir() else name
-            found["bertscore"] = self.bertscore | {"encoder": name, "identity": content}
+            found["bertscore"] = self.bertscore | {"encoder": name, "identity": _content(Path(name))}
         return found
 
     def score(self, texts: Sequence[str], references: Sequence[str]) -> dict[str, float]:
@@ -81,3 +82,11 @@ class Scorers:
     @cached_property
     def _likeness(self) -> BertScore | None:
         return None if self.bertscore is None else BertScore(**{"device": str(self.device)} | self.bertscore)
+
+
+def _content(encoder: Path) -> str:
+    """Return what tells the content of an encoder's folder apart; the name of one of the hub."""
+    if not encoder.is_dir():
+        return str(encoder)
+    file = encoder / "tokenizer.json"
+    return digest([model_identity(encoder), file.read_text(encoding="utf-8") if file.is_file() else None])
