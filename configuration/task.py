@@ -47,7 +47,8 @@ def run_task(
     output = config.get("output")
     if command == "eval" and not output:
         raise ConfigError(["output is required: pass output=FOLDER for the metrics and figures"])
-    with full_disk_named(Path(output or ".")):
+    folder = Path(output or ".")
+    with full_disk_named(folder):
         if output and command != "export" and process.is_first:  # an export's folder is a model
-            write_start(Path(output), config)
+            write_start(folder, config)
         return task.run(Path(output) if output else None)

@@ -223,6 +223,26 @@ def exits(main):
         main()
 
 
+@pytest.mark.parametrize(("status", "queued"), [(143, True), (0, False), (2, False), (137, False)])
+def test_the_slurm_job_queues_itself_again_after_sigterm_only(status, queued, tmp_path):
+    calls = {
+        "srun": f'echo "$@" > {tmp_path}/srun.txt; exit {status}',
+        "scontrol": f'echo "$@" > {tmp_path}/queued.txt',
+    }
+    for name, body in calls.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    job = {"SLURM_NNODES": "2", "SLURM_NTASKS_PER_NODE": "8", "SLURM_JOB_ID": "77"}
+    path = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    command = ["bash", str(ROOT / "docs/launch/slurm.sbatch"), "recipe=pg19_gca", "output=a b"]
+    assert subprocess.run(command, env=os.environ | job | path, cwd=tmp_path, check=False).returncode == status
+    started = (tmp_path / "srun.txt").read_text()
+    assert "trainer.num_nodes=2 trainer.devices=8 recipe=pg19_gca output=a b" in started
+    assert (tmp_path / "queued.txt").exists() == queued
+    if queued:
+        assert (tmp_path / "queued.txt").read_text() == "requeue 77\n"
+
+
 def train_with_a_clock_that_runs_back(arguments):
     ticks = itertools.count(2_000_000_000, -3600)
     time.time = lambda: float(next(ticks))
