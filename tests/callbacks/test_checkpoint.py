@@ -5,6 +5,7 @@ import json
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from callbacks.checkpoint import AtomicCheckpointIO, StepCheckpoint, newest_checkpoint
 from callbacks.loss_log import read_rows, truncate
@@ -84,6 +85,17 @@ def test_steps_are_saved_once_and_the_last_always(fit, tmp_path, keep_last, step
 def test_a_callback_that_never_saves_is_refused(options):
     with pytest.raises(ValueError, match="must be at least 1"):
         StepCheckpoint("x", **options)
+
+
+def test_sigterm_does_not_wait_for_the_end_of_a_validation(fit, tmp_path):
+    class Asking(pl.Callback):
+        def on_validation_batch_start(self, *_):
+            saving.termination.asked = True
+
+    saving = StepCheckpoint(str(tmp_path), every_n_train_steps=100)
+    with pytest.raises(SIGTERMException):
+        fit(Asking(), saving, enable_checkpointing=True)
+    assert names(tmp_path) == ["step_5.ckpt"]
 
 
 class Falling(pl.Callback):

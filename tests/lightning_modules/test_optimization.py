@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_modules.optimization import Optimization, decay_groups, total_grad_norm
+from lightning_modules.optimization import Optimization, decay_groups, linear_to_zero, total_grad_norm
 
 
 class Tied(nn.Module):
@@ -75,3 +75,12 @@ def test_grad_norm_is_over_all_parameters():
     a, b, c = (nn.Parameter(torch.zeros(2)) for _ in range(3))
     a.grad, b.grad = torch.tensor([3.0, 0.0]), torch.tensor([0.0, 4.0])
     assert total_grad_norm([a, b, c]).item() == pytest.approx(5.0)
+
+
+def test_the_rates_of_transformers_trainer():
+    found = linear_to_zero(0.2, 0.1, warmup_steps=2, max_steps=6)
+    assert found == Optimization(
+        lr=0.2, betas=(0.9, 0.999), weight_decay=0.1, decay="all", schedule="linear", warmup_steps=2
+    )
+    assert [found.lr_at(step, 6) for step in (1, 2, 4, 6)] == pytest.approx([0.1, 0.2, 0.1, 0.0])
+    assert linear_to_zero(0.2, 0.1, warmup_steps=2, max_steps=None).lr_at(99, None) == 0.2

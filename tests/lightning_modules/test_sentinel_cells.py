@@ -5,6 +5,7 @@ import functools
 import lightning.pytorch as pl
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from configuration.task import run_task
@@ -52,6 +53,8 @@ def test_cells_of_a_method_share_a_model_that_a_later_sweep_reads(tiny_corpus, t
         "local_1.safetensors",
         "local_2.safetensors",
     ]
+    learnt = load_file(tmp_path / "models" / "local_1.safetensors")
+    assert learnt and all("lora_" in name for name in learnt)
     (tmp_path / "models" / "local_2.safetensors").unlink()
     again = cells(tiny_corpus, **options)
     read, wanted = again.train("local", 0.2, 1).state_dict(), model.state_dict()
