@@ -62,6 +62,8 @@ class SpanScoring:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
+        if self.context_length < 2:
+            raise ValueError(f"context_length must be at least 2 (a token and its target), got {self.context_length}")
         if not 1 <= self.stride < self.context_length:
             raise ValueError(
                 f"stride must lie between 1 and context_length - 1 = {self.context_length - 1}, got {self.stride}"

@@ -134,6 +134,9 @@ def test_what_does_not_fit_is_refused(corpus, model, whole, tmp_path, capsys):
     assert "exceed the 64 positions" in capsys.readouterr().err
     assert score(corpus, model, tmp_path / "a", "--stride", "8") == 2
     assert "stride must lie between 1 and context_length - 1 = 7" in capsys.readouterr().err
+    assert score(corpus, model, tmp_path / "a", "--context-length", "1") == 2
+    assert "context_length must be at least 2" in capsys.readouterr().err
+    assert not (tmp_path / "a").exists()
     larger = write_corpus(tmp_path / "larger", [("validation", 30)])
     meta = open_split(larger, "validation")
     with pytest.raises(ValueError, match=r"scores the corpus .*, but .* is "):
