@@ -67,31 +67,34 @@ def step_memory(module: Any, config: dict[str, Any], *, processes: int, context_
     Raises:
         ValueError: the model's sequences cannot be shared.
     """
-    states = _states(module.model, config["trainer"], processes=processes, alone=processes * context_parallel_size == 1)
+    accumulates = config["trainer"].get("accumulate_grad_batches", 1) > 1
+    states = _states(module.model, config["trainer"], processes=processes)
     try:
         trace = trace_module(module, config, context_parallel_size=context_parallel_size)
     except RuntimeError as error:  # an operator whose result depends on numbers
         logger.warning("activations are not counted: %s", str(error).splitlines()[0])
         return replace(states, together=states.gradients)
-    sharded = _is_fsdp(config["trainer"]) or is_deepspeed(config["trainer"])
-    # Gradients of earlier micro-batches are there from the start, shards in their places too. Else those of the step
-    # before are dropped between forward and backward pass.
-    there = sharded or config["trainer"].get("accumulate_grad_batches", 1) > 1
-    together = states.gradients + (trace.most if there else trace.forward)
-    together = max(together, trace.most_together)
+    if _is_fsdp(config["trainer"]) or is_deepspeed(config["trainer"]) or accumulates:
+        # Shards are in their places all the time, and so are gradients of earlier micro-batches.
+        together = states.gradients + trace.most
+    else:
+        # Those of the step before are dropped between forward and backward pass.
+        together = max(states.gradients + trace.forward, trace.most_together)
     return replace(states, activations=trace.most, together=together)
 
 
-def _states(model: nn.Module, trainer: dict[str, Any], *, processes: int, alone: bool) -> StepMemory:
+def _states(model: nn.Module, trainer: dict[str, Any], *, processes: int) -> StepMemory:
     """Everything that does not depend on the data."""
     weights, trained = _nbytes(model), _nbytes(model, trained=True)
     if is_deepspeed(trainer):
         return _deepspeed(model, trainer, processes=processes)
     if _is_fsdp(trainer):
         return _fsdp(model, processes=processes)
-    options = trainer.get("strategy")
-    views = isinstance(options, dict) and options.get("gradient_as_bucket_view")
-    buckets = 0 if alone or views else trained
+    strategy = trainer.get("strategy")
+    options = strategy if isinstance(strategy, dict) else {}
+    # One process that is told to is wrapped, too.
+    wrapped = bool(options) or processes > 1
+    buckets = trained if wrapped and not options.get("gradient_as_bucket_view") else 0
     # AdamW of a GPU takes the roots of all moments at once, unless it is fused, which gradient clipping under autocast
     # rules out.
     roots = trained if on_gpu(trainer) and precision_of(trainer).endswith("mixed") else 0

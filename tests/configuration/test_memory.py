@@ -66,6 +66,7 @@ def test_buckets_of_several_processes_and_roots_on_a_gpu():
     assert two.copies == two.gradients and two.device == alone.device + alone.gradients
     views = {"_target_": "lightning.pytorch.strategies.DDPStrategy", "gradient_as_bucket_view": True}
     assert memory(recipe(views), processes=2).copies == 0
+    assert memory(recipe({"_target_": views["_target_"]})).copies == alone.gradients
     assert memory(recipe(precision="bf16-mixed", accelerator="gpu")).update == alone.gradients
     assert memory(recipe(precision="bf16-true")).weights == alone.weights // 2
 
