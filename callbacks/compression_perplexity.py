@@ -8,10 +8,8 @@ from typing import Any
 
 import lightning.pytorch as pl
 
+from callbacks.ranks import SAME_ON_ALL_RANKS
 from evaluation.kv_compression import perplexity
-
-# Lightning asks for a reduction of what is reduced already; the maximum of equal numbers is each of them.
-SAME_ON_ALL_RANKS: dict[str, Any] = {"sync_dist": True, "reduce_fx": "max"}
 
 
 class CompressionPerplexity(pl.Callback):

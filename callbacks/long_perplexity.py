@@ -17,14 +17,12 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
+from callbacks.ranks import SAME_ON_ALL_RANKS
 from evaluation.equal_calls import EqualCalls
 from evaluation.loading import load_model
 from evaluation.long_ppl import full_context_nll, key_tokens, long_ppl_sums, short_context_nll
 from evaluation.position_loss import bucket_nll
 from evaluation.scoring import perplexity_of
-
-# Lightning asks for a reduction of what is reduced already; the maximum of equal numbers is each of them.
-SAME_ON_ALL_RANKS: dict[str, Any] = {"sync_dist": True, "reduce_fx": "max"}
 
 
 class LongPerplexity(pl.Callback):

@@ -19,14 +19,12 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from callbacks.ranks import SAME_ON_ALL_RANKS
 from evaluation.equal_calls import EqualCalls
 from evaluation.loading import load_tokenizer
 from evaluation.parallel_context.tails import TailCut, score_tails
 from evaluation.scoring import perplexity_of
 from patches.parallel_context import ParallelContext, SelectiveAttention
-
-# Lightning asks for a reduction of what is reduced already; the maximum of equal numbers is each of them.
-SAME_ON_ALL_RANKS: dict[str, Any] = {"sync_dist": True, "reduce_fx": "max"}
 
 
 class ParallelPerplexity(pl.Callback):

@@ -14,12 +14,11 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 
+from callbacks.ranks import SAME_ON_ALL_RANKS
 from evaluation.positions import position_report
 from evaluation.scoring import mean_report
 
 METRICS = ("loss", "perplexity", "bits_per_byte")
-# Lightning asks for a reduction of what is reduced already; the maximum of equal numbers is each of them.
-SAME_ON_ALL_RANKS: dict[str, Any] = {"sync_dist": True, "reduce_fx": "max"}
 
 
 class ValidationPerplexity(pl.Callback):
