@@ -112,10 +112,10 @@ class StepDataModule(pl.LightningDataModule, Generic[SplitT]):
             )
         mine = self.state_dict()
         for name in bound:
-            if state[name] != mine[name]:
+            if state.get(name) != mine[name]:
                 meaning = "corpus identity" if name == "identity" else name
                 raise ValueError(
-                    f"the checkpoint was trained with another {meaning}: {state[name]}, now {mine[name]}; "
+                    f"the checkpoint was trained with another {meaning}: {state.get(name)}, now {mine[name]}; "
                     "resume with the old one or start a new run"
                 )
         self.start_step = int(state["step"])

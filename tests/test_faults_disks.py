@@ -162,8 +162,8 @@ def test_a_full_disk(name, limit, inputs, tmp_path):
     if name.startswith("preprocess") and not name.endswith("score_tokens"):
         assert not output.exists()
     assert command(name, inputs, output=output)() == 0
-    assert command(name, inputs, output=tmp_path / "whole")() == 0
     if name.startswith("preprocess"):
+        assert command(name, inputs, output=tmp_path / "whole")() == 0
         found, expected = contents(output), contents(tmp_path / "whole")
         assert found.keys() == expected.keys()
         records = {file for file in expected if file.startswith("shard-") and file.endswith(".json")}
