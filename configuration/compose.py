@@ -210,7 +210,10 @@ def _hydra(recipe: str, overrides: list[str]) -> DictConfig:
         with initialize_config_dir(str(RECIPES), version_base="1.3"):
             return hydra_compose(recipe, overrides=overrides)
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError([f"recipe={recipe} does not compose: {_first_line(error)}"]) from None
+        # A group that the recipe does not choose from, such as a scale where all sizes are options.
+        group = re.match(r"Could not override '(\w+)'", _first_line(error))
+        sentence = f"takes no {group[1]}=: leave it out" if group else f"does not compose: {_first_line(error)}"
+        raise ConfigError([f"recipe={recipe} {sentence}"]) from None
 
 
 def _locate(override: Override, config: dict[str, Any]) -> tuple[str, str | None]:

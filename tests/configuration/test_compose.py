@@ -17,7 +17,8 @@ def problems_of(*arguments, command="train"):
 def test_every_recipe_file_is_listed_with_a_purpose():
     assert {"quickstart", "pg19_gca", "pg19_sliding_window", "arxiv_gca", "books_gca"} <= set(TRAIN)
     assert {recipe_command(name) for name in recipe_names()} == {"train", "eval", "generate", "export"}
-    assert all(len(recipe_purpose(name)) > 20 for name in recipe_names())
+    purposes = {name: recipe_purpose(name) for name in recipe_names()}
+    assert {name for name, purpose in purposes.items() if len(purpose) < 20 or purpose[-1] not in ".?"} == set()
 
 
 @pytest.mark.parametrize("name", TRAIN)
@@ -74,6 +75,12 @@ def test_unknown_recipe_and_choice_name_the_nearest():
     assert "did you mean 'pg19_gca'" in problems_of("recipe=pg19_gc")[0]
     assert "did you mean 'tiny'" in problems_of("recipe=pg19_gca", "scale=tinny")[0]
     assert "tiny" in group_choices()["scale"]
+
+
+def test_a_group_that_a_recipe_has_no_use_for_is_named():
+    assert problems_of("recipe=perplexity", "data.path=x", "scale=tiny", command="eval") == [
+        "recipe=perplexity takes no scale=: leave it out"
+    ]
 
 
 def test_no_recipe_lists_them_and_another_commands_recipe_names_that_command():
