@@ -188,6 +188,30 @@ def test_text_that_changes_between_a_kill_and_the_next_run_is_other_work(call, t
     assert bytes(corpus.document(0)[:-1].tolist()) == b"c" * 30 and corpus.num_tokens == 82
 
 
+@pytest.mark.parametrize("place", [0.1, 0.4, 0.7, 1.0])
+def test_a_flipped_bit_of_what_a_killed_run_noted_is_named_and_the_work_begins_anew(call, tmp_path, monkeypatch, place):
+    write(tmp_path, "train.txt", "a" * 50)
+    command = (tokenize, "@train.txt", "--tokenizer", "bytes", "--output", "@out")
+
+    class Killed(BaseException):
+        """Stands for SIGKILL: nobody catches it."""
+
+    def killed(*arguments):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr("preprocess.journal.WorkFolder.clear_tools", killed)
+        with pytest.raises(Killed):
+            call(*command)
+    (journal,) = tmp_path.glob(".out.*.partial/journal.json")
+    content = bytearray(journal.read_bytes())
+    content[int(place * (len(content) - 2))] ^= 1
+    journal.write_bytes(content)
+    status, shown = call(*command)
+    assert status == 2 and f"{journal} is damaged" in shown.err
+    assert call(*command)[0] == 0 and open_split(tmp_path / "out", "train").num_tokens == 51
+
+
 def test_names_that_are_no_utf8_are_names(call, tmp_path):
     for name, text in ((b"train_caf\xe9.txt", b"abc"), ("train_\u00eb.txt".encode(), b"defg")):
         (tmp_path / "text").mkdir(exist_ok=True)
