@@ -109,6 +109,15 @@ def gathered_shards(folder: Path) -> dict[str, Any]:
     return found
 
 
+def sliced_shapes(folder: Path) -> dict[str, torch.Size]:
+    """Names and shapes of the weights in a checkpoint of FSDP2."""
+    from torch.distributed.checkpoint import FileSystemReader  # slow to import
+
+    described = FileSystemReader(folder).read_metadata().state_dict_metadata
+    prefix = "state_dict."
+    return {name.removeprefix(prefix): d.size for name, d in described.items() if name.startswith(prefix)}  # type: ignore[union-attr]
+
+
 def _fingerprint(path: Path) -> dict[str, int] | None:
     """Size and CRC-32 of a file, None where there is none."""
     if not path.is_file():

@@ -6,7 +6,7 @@ engines ask the module for its ``state_dict`` in several places; it leaves out t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 ADAPTERS = "frozen_weights"
+Shapes = dict[str, torch.Size]
 
 
 @contextmanager
@@ -36,6 +37,21 @@ def learnt_state_alone(module: pl.LightningModule) -> Iterator[None]:
         module.strict_loading = strict
 
 
+def shapes_of(state: Mapping[str, torch.Tensor]) -> Shapes:
+    """Names and shapes of tensors, sliced ones as wholes."""
+    return {name: tensor.shape for name, tensor in state.items()}
+
+
+def refuse_other_shapes(own: Shapes, stored: Shapes) -> None:
+    """Raise ValueError unless a checkpoint holds the tensors of a module."""
+    odd = [name for name in own.keys() | stored.keys() if own.get(name) != stored.get(name)]
+    if odd:
+        raise ValueError(
+            f"the checkpoint belongs to another model: {len(odd)} tensors differ, first {min(odd)}: choose the recipe "
+            "it was trained with, or another output="
+        )
+
+
 @torch.no_grad()
 def fill_slices(module: nn.Module, state: dict[str, torch.Tensor]) -> None:
     """Copy whole tensors into the state of a module, of a sliced one the slice of this process.
@@ -44,12 +60,7 @@ def fill_slices(module: nn.Module, state: dict[str, torch.Tensor]) -> None:
         ValueError: names or shapes differ.
     """
     own = module.state_dict()
-    odd = [n for n in own.keys() | state.keys() if n not in own or n not in state or own[n].shape != state[n].shape]
-    if odd:
-        raise ValueError(
-            f"the checkpoint belongs to another model: {len(odd)} tensors differ, first {min(odd)}: choose the recipe "
-            "it was trained with, or another output="
-        )
+    refuse_other_shapes(shapes_of(own), shapes_of(state))
     for name, tensor in own.items():
         value = state[name].to(tensor.device)
         if isinstance(tensor, DTensor):

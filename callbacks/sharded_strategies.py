@@ -24,8 +24,16 @@ from callbacks.checkpoint_folder import (
     metadata_of,
     refuse_other_layout,
     seal,
+    sliced_shapes,
 )
-from callbacks.sharded_state import ADAPTERS, fill_slices, learnt_state_alone, named_moments
+from callbacks.sharded_state import (
+    ADAPTERS,
+    fill_slices,
+    learnt_state_alone,
+    named_moments,
+    refuse_other_shapes,
+    shapes_of,
+)
 
 
 class SealedCheckpoints:
@@ -70,8 +78,8 @@ class SealedCheckpoints:
         path = Path(strategy.broadcast(str(checkpoint_path)))
         refuse_other_layout(path, self.layouts)
         stored = metadata_of(path)
-        self.check_processes(path, stored)
         with learnt_state_alone(strategy.lightning_module) if ADAPTERS in stored else nullcontext():
+            self.check_shards(path, stored)
             return self.load_shards(path, weights_only)
 
     def load_shards(self, path: Path, weights_only: bool | None) -> dict[str, Any]:
@@ -79,8 +87,9 @@ class SealedCheckpoints:
         loaded: dict[str, Any] = super().load_checkpoint(path, weights_only)  # type: ignore[misc]
         return loaded
 
-    def check_processes(self, path: Path, stored: dict[str, Any]) -> None:
-        """Refuse a checkpoint that another number of processes has written, where that matters."""
+    def check_shards(self, path: Path, stored: dict[str, Any]) -> None:
+        """Refuse shards that the engine could not load, before it tries."""
+        raise AttributeError(f"{type(self).__name__} defines no check")
 
     def saved_state(self) -> AbstractContextManager[None]:
         """What of the module's state a checkpoint holds: all, or with adapters what is learnt."""
@@ -97,17 +106,27 @@ class FullyShardedData(SealedCheckpoints, ModelParallelStrategy):
         process_group_backend: ``nccl``, ``gloo``; None: what goes with the device.
     """
 
+    layouts = (FSDP2, ONE_FILE)
+
     def __init__(self, save_distributed_checkpoint: bool = True, process_group_backend: str | None = None) -> None:
         super().__init__(
             save_distributed_checkpoint=save_distributed_checkpoint, process_group_backend=process_group_backend
         )
 
-    layouts = (FSDP2, ONE_FILE)
-
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Weights in the slices of this process, or whole in the first one."""
         with self.saved_state():
             return super().lightning_module_state_dict()
+
+    def check_shards(self, path: Path, stored: dict[str, Any]) -> None:
+        """Refuse weights of other names or shapes; those of a file are looked at when it is loaded.
+
+        Raises:
+            ValueError: they are of another model.
+        """
+        assert self.model is not None
+        if path.is_dir():
+            refuse_other_shapes(shapes_of(self.model.state_dict()), sliced_shapes(path))
 
     def load_shards(self, path: Path, weights_only: bool | None) -> dict[str, Any]:
         """Load a folder, or of one file, whoever has written it, the slices of this process."""
@@ -170,12 +189,16 @@ class ShardedDeepSpeed(SealedCheckpoints, DeepSpeedStrategy):
         with self.saved_state():
             super().save_checkpoint(checkpoint, filepath, storage_options)
 
-    def check_processes(self, path: Path, stored: dict[str, Any]) -> None:
-        """Refuse moments that are cut for another number of processes.
+    def check_shards(self, path: Path, stored: dict[str, Any]) -> None:
+        """Refuse moments of other weights, or cut for another number of processes.
 
         Raises:
             ValueError: they are.
         """
+        assert self.lightning_module is not None
+        learnt = {name: p for name, p in self.lightning_module.named_parameters() if p.requires_grad}
+        own = {name: getattr(p, "ds_shape", p.shape) for name, p in learnt.items()}  # partitioned ones are empty
+        refuse_other_shapes(own, {name: shape for group in stored["param_shapes"] for name, shape in group.items()})
         written, here = stored["dp_world_size"], self.world_size
         if written != here:
             raise ValueError(

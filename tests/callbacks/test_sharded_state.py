@@ -5,12 +5,13 @@ from types import SimpleNamespace
 import lightning.pytorch as pl
 import pytest
 import torch
+import torch.distributed.checkpoint
 from torch import nn
 
 from callbacks.checkpoint import AtomicCheckpointIO
-from callbacks.checkpoint_folder import DEEPSPEED, FSDP2, FSDP_META, ONE_FILE, refuse_other_layout
-from callbacks.sharded_state import fill_slices, learnt_state_alone, named_moments
-from callbacks.sharded_strategies import ShardedDeepSpeed
+from callbacks.checkpoint_folder import DEEPSPEED, FSDP2, FSDP_META, ONE_FILE, refuse_other_layout, sliced_shapes
+from callbacks.sharded_state import fill_slices, learnt_state_alone, named_moments, shapes_of
+from callbacks.sharded_strategies import FullyShardedData, ShardedDeepSpeed
 
 
 class Adapted(pl.LightningModule):
@@ -87,11 +88,28 @@ def test_a_checkpoint_of_another_layout_is_refused(tmp_path, layout):
             AtomicCheckpointIO().load_checkpoint(path)
 
 
-def test_moments_for_another_number_of_processes_are_refused(tmp_path):
-    check = ShardedDeepSpeed.check_processes
-    check(SimpleNamespace(world_size=8), tmp_path, {"dp_world_size": 8})
-    with pytest.raises(ValueError, match="written by 8 DeepSpeed processes and this run has 4: resume with 8"):
-        check(SimpleNamespace(world_size=4), tmp_path, {"dp_world_size": 8})
+def test_slices_of_another_model_are_refused(tmp_path):
+    module = Adapted()
+    with learnt_state_alone(module):
+        state = {"state_dict": module.state_dict(), "optimizer_0": {"first": torch.ones(9)}}
+        torch.distributed.checkpoint.save(state, checkpoint_id=tmp_path, no_dist=True)
+        assert sliced_shapes(tmp_path) == shapes_of(module.state_dict())
+        FullyShardedData.check_shards(SimpleNamespace(model=module), tmp_path, {})
+    with pytest.raises(ValueError, match=r"another model: 3 tensors differ, first base\.bias:"):
+        FullyShardedData.check_shards(SimpleNamespace(model=module), tmp_path, {})
+
+
+def test_moments_of_another_model_or_number_of_processes_are_refused(tmp_path):
+    def check(**changes):
+        run = SimpleNamespace(world_size=8, lightning_module=Adapted())
+        groups = [{"head.bias": torch.Size([3]), "second": torch.Size([4])}, {"first": torch.Size([2])}]
+        ShardedDeepSpeed.check_shards(run, tmp_path, {"dp_world_size": 8, "param_shapes": groups} | changes)
+
+    check()
+    with pytest.raises(ValueError, match="written by 4 DeepSpeed processes and this run has 8: resume with 4"):
+        check(dp_world_size=4)
+    with pytest.raises(ValueError, match="another model: 2 tensors differ, first first:"):
+        check(param_shapes=[{"second": torch.Size([4]), "first": torch.Size([3])}])
 
 
 def test_whether_frozen_weights_are_stored_is_no_option():
