@@ -4,6 +4,7 @@ import io
 import itertools
 import multiprocessing
 import os
+import random
 import resource
 import signal
 import subprocess
@@ -131,9 +132,10 @@ def test_any_flipped_bit_of_a_checkpoint_is_detected(tiny_corpus, tmp_path):
     train(options(tiny_corpus, tmp_path, "trainer.max_steps=1"))
     path = newest_checkpoint(tmp_path / "checkpoints")
     whole = path.read_bytes()
-    step_of_places = max(1, len(whole) // 40)
-    for place in range(5, len(whole), step_of_places):
-        path.write_bytes(whole[:place] + bytes([whole[place] ^ 16]) + whole[place + 1 :])
+    draw = random.Random(0)
+    for _ in range(150):
+        place, bit = draw.randrange(len(whole)), 1 << draw.randrange(8)
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ bit]) + whole[place + 1 :])
         try:
             read_checkpoint(path)
         except ValueError as error:
