@@ -55,8 +55,9 @@ _STAND_INS: dict[str, Callable[..., Any]] = {
     "models.rpt.modeling_rpt.configured_retriever": _random_retriever,
     "torch.compiler.is_compiling": lambda: True,  # kernels then look at no number
     "torch.distributed.all_to_all_single": lambda *_, **__: None,
-    # Numbers would tell transformers that no row is packed, and that attention needs no mask.
+    # Numbers would tell transformers that no row is packed; attention without padding then needs no mask.
     "transformers.masking_utils.find_packed_sequence_indices": lambda _: None,
+    "transformers.masking_utils.is_tracing": lambda padding=None: padding is not None,
 }
 
 
