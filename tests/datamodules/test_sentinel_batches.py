@@ -129,6 +129,20 @@ def test_a_resumed_run_reads_what_follows(tiny_corpus):
         make(tiny_corpus, seed=3, accumulate_grad_batches=2).load_state_dict(data.state_dict())
 
 
+def test_ratios_taken_in_turn_bind_a_run_to_its_micro_batches(tiny_corpus):
+    shapes = ({"batch_size": 4, "accumulate_grad_batches": 1}, {"batch_size": 2, "accumulate_grad_batches": 2})
+    make(tiny_corpus, **shapes[1]).load_state_dict(make(tiny_corpus, **shapes[0]).state_dict())
+    one, other = (make(tiny_corpus, ratios=[0.3, 0.6], **shape) for shape in shapes)
+    with pytest.raises(ValueError, match="another accumulate_grad_batches: 1, now 2"):
+        other.load_state_dict(one.state_dict())
+
+
+def test_a_checkpoint_inside_a_step_is_refused(tiny_corpus):
+    data = make(tiny_corpus, accumulate_grad_batches=2)
+    with pytest.raises(ValueError, match="inside optimiser step 3, after micro-batch 1 of 2"):
+        data.load_state_dict(data.state_dict() | {"step": 3, "micro_batch": 1})
+
+
 def test_ranks_share_the_blocks_and_repeat_none_of_them_for_scoring():
     blocks = Blocks(Counted(range(70)), 10)
     seen = []
