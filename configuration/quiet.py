@@ -14,6 +14,7 @@ _NO_NEWS = (
     ".*LeafSpec.*",
     ".*exists and is not empty.*",  # ours to resume
     ".*gradient_checkpointing_enable. is deprecated.*",  # in favour of a name that older supported versions lack
+    ".*is_gradient_checkpointing. is deprecated.*",  # asked for by peft
 )
 
 

@@ -213,6 +213,7 @@ def dry_run(config: dict[str, Any], missing: Sequence[str]) -> str:
     Raises:
         ValueError: the trainer refuses its options (not asked where something is missing).
     """
+    quiet()
     if not missing:
         build_trainer(config)
     return describe(config, missing)

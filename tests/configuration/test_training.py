@@ -1,5 +1,6 @@
 """The life of a run: it stops on a signal, resumes, is prolonged, branches off with other options."""
 
+import logging
 import os
 import signal
 
@@ -139,3 +140,12 @@ def test_a_dry_run_builds_the_trainer(tiny_corpus, tmp_path):
         training.dry_run(config, [])
     assert "not ready here:  no GPU" in training.dry_run(config, ["no GPU"])
     assert not (tmp_path / "a").exists()
+
+
+def test_a_dry_run_prints_nothing_but_its_sizes(tiny_corpus, tmp_path, caplog):
+    logging.getLogger("lightning.pytorch").setLevel(logging.INFO)
+    config = compose(
+        ["recipe=quickstart", "scale=tiny", f"data.path={tiny_corpus}", f"output={tmp_path}"], command="train"
+    )
+    assert training.dry_run(config, []).startswith("recipe           quickstart")
+    assert caplog.messages == []
