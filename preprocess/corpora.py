@@ -62,7 +62,10 @@ def ensure_corpus(
             f"no corpus and no text at {path}: make it with python -m preprocess.tokenize{elsewhere}"
         )
     if tokenizer is None:
-        raise ValueError(f"{path} is not tokenised yet: name a tokenizer (bytes, bpe:4096, a folder or a hub name)")
+        raise ValueError(
+            f"{path} holds no corpus: name a tokenizer for its text with prepare.tokenizer=NAME (bytes, bpe:4096, a "
+            "folder or a hub name), or make one with python -m preprocess.tokenize"
+        )
     text = open_source(path if is_there or source is None else source, ReadOptions(errors=errors))
     work = Work(text, tokenizer, path, num_workers=num_workers)
     if is_there:

@@ -44,12 +44,13 @@ class TokenizeProgress:
         now = time.monotonic()
         if self.first_tokens is None:
             # What an earlier run had written does not count for the speed of this one.
-            self.first_tokens = tokens
+            self.first_tokens, self.started = tokens, now
         if now - self.shown < (REFRESH_SECONDS if self.live else LOG_SECONDS):
             return
         self.shown = now
-        speed = (tokens - self.first_tokens) / max(now - self.started, 1e-9)
-        line = f"{self.name}: {documents:,} documents, {tokens:,} tokens, {speed:,.0f} tokens/s"
+        line = f"{self.name}: {documents:,} documents, {tokens:,} tokens"
+        if tokens > self.first_tokens:
+            line += f", {(tokens - self.first_tokens) / max(now - self.started, 1e-9):,.0f} tokens/s"
         if self.live:
             self.bar.update(self.task, completed=parts, description=line)
         else:

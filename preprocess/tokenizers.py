@@ -50,7 +50,8 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerFast:
         if path.is_dir():
             raise ValueError(f"{path} is not a whole tokenizer folder ({error})") from error
         raise FileNotFoundError(
-            f"no tokenizer {name}: neither a folder, a tokenizer.json nor a name that the hub answers to; try bytes"
+            f"no tokenizer {name}: neither a folder, a tokenizer.json nor a name that the hub answers to; try bytes or "
+            "bpe:4096"
         ) from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ValueError(f"tokenizer {name} has no fast form (tokenizer.json): choose another")
