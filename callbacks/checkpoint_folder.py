@@ -18,12 +18,14 @@ from typing import Any
 import torch
 
 from callbacks.pickle_names import imported_names
+from callbacks.zero_checkpoint import TAG, model_states
 from evaluation.results import read_json, write_json
 
 # What a checkpoint can be, in words.
 ONE_FILE, FSDP2, DEEPSPEED = "one file", "a folder of FSDP2", "a folder of DeepSpeed"
 SEAL = "seal.json"
 FSDP_META = "meta.pt"
+UNLISTED = "what its archive does not list"
 BLOCK = 1 << 22
 # What pickles of checkpoints name: plain containers, tensors, and what the engines describe their shards with.
 HARMLESS = re.compile(
@@ -70,10 +72,14 @@ def verify(folder: Path) -> None:
             raise ValueError(
                 f"checkpoint {folder} is damaged ({name}): name another, or delete it to resume from the one before it"
             )
-    for path in (folder / name for name in sealed):
+    # Engines read files by their names, sealed or not, and DeepSpeed those of the folder that a file names.
+    for path in sorted({folder / name for name in sealed} | {*folder.glob("*"), *folder.glob("*/*")}):
         named = next((name for name in _globals(path) if not HARMLESS.fullmatch(name)), None)
         if named is not None:
             raise ValueError(f"{path} names {named}, which no checkpoint needs: it is not read")
+    latest = folder / "latest"
+    if latest.is_file() and latest.read_bytes().strip() != TAG.encode():
+        raise ValueError(f"{latest} names another folder than {TAG}: it is not read")
 
 
 def refuse_other_layout(path: Path, readable: Collection[str]) -> None:
@@ -92,8 +98,6 @@ def metadata_of(path: Path) -> dict[str, Any]:
     if path.is_file() or (path / FSDP_META).is_file():
         file = path if path.is_file() else path / FSDP_META
         return torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-    from callbacks.zero_checkpoint import model_states
-
     return model_states(path)[0]
 
 
@@ -130,16 +134,33 @@ def _fingerprint(path: Path) -> dict[str, int] | None:
 
 
 def _globals(path: Path) -> Iterator[str]:
-    """Names that the pickles in a file refer to."""
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            for record in archive.namelist():
-                if record.endswith("data.pkl"):
-                    with archive.open(record) as file:
-                        yield from imported_names(file)
-    elif path.name == ".metadata":
+    """Names that the pickles in a file refer to.
+
+    `UNLISTED` for a file of tensors that is no archive by itself: read as a pickle from its first byte on, or by a
+    reader that looks for the records elsewhere, it could hold others than those that are found here.
+    """
+    if not path.is_file():
+        return
+    if path.name == ".metadata":
         with path.open("rb") as file:
             yield from imported_names(file)
+    elif zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            records = archive.infolist()
+            if path.suffix == ".pt" and not (_begins_as_archive(path) and any(r.header_offset == 0 for r in records)):
+                yield UNLISTED
+            for record in records:  # of two with one name both
+                if record.filename.endswith(".pkl"):
+                    with archive.open(record) as file:
+                        yield from imported_names(file)
+    elif path.suffix == ".pt":
+        yield UNLISTED
+
+
+def _begins_as_archive(path: Path) -> bool:
+    """What torch goes by; an archive for Python may begin with anything."""
+    with path.open("rb") as file:
+        return file.read(4) == b"PK\x03\x04"
 
 
 def flush_folder(folder: Path) -> None:

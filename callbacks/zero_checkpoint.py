@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.serialization import safe_globals
 
+# The folder of its files that Lightning has the engine write.
+TAG = "checkpoint"
 # Settings of the engine, of which nothing is needed here: read as objects without content.
 _SETTINGS = (
     "deepspeed.runtime.fp16.loss_scaler.LossScaler",
@@ -97,7 +99,7 @@ def _frozen(first: dict[str, Any], fragments: list[dict[str, Tensor]]) -> Iterat
 
 def _by_rank(folder: Path, pattern: str) -> list[Path]:
     """Files of all processes, in the order of their numbers."""
-    found = sorted((folder / "checkpoint").glob(pattern), key=lambda path: _numbers(path.name))
+    found = sorted((folder / TAG).glob(pattern), key=lambda path: _numbers(path.name))
     if not found:
         raise ValueError(f"{folder} holds no {pattern}: it is no checkpoint of DeepSpeed")
     return found

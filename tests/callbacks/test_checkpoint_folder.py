@@ -4,15 +4,17 @@ import io
 import os
 import pickle
 import pickletools
+import zipfile
 from collections import OrderedDict
 
 import pytest
 import torch
 
 from callbacks.checkpoint import newest_checkpoint, read_checkpoint
-from callbacks.checkpoint_folder import seal, verify
+from callbacks.checkpoint_folder import SEAL, UNLISTED, seal, verify
 from callbacks.pickle_names import UNREADABLE, imported_names
 from callbacks.zero_checkpoint import zero_state_dict
+from evaluation.results import read_json, write_json
 
 WORLD = 2
 SHAPES = {"model.a": (3, 3), "model.b": (5,), "model.c": (2, 2)}
@@ -135,6 +137,74 @@ def test_a_pickle_that_would_run_something_is_never_read(tmp_path):
     seal(folder)
     with pytest.raises(ValueError, match=r"names (posix|nt|os)\.system, which no checkpoint needs"):
         read_checkpoint(folder)
+
+
+def saved(value, **options):
+    stream = io.BytesIO()
+    torch.save(value, stream, **options)
+    return stream.getvalue()
+
+
+def twice_named():
+    """An archive with two records of one name; torch reads the first, Python by name the last."""
+    stream, whole = io.BytesIO(), zipfile.ZipFile(io.BytesIO(saved(Evil())))
+    with zipfile.ZipFile(stream, "w") as archive:
+        for record in whole.infolist():
+            archive.writestr(record.filename, whole.read(record))
+        with pytest.warns(UserWarning, match="Duplicate name"):
+            archive.writestr(next(n for n in whole.namelist() if n.endswith("data.pkl")), pickle.dumps({}))
+    return stream.getvalue()
+
+
+HIDDEN = {
+    "old format": (lambda: saved(Evil(), _use_new_zipfile_serialization=False), UNLISTED),
+    "old format, an archive behind it": (
+        lambda: saved(Evil(), _use_new_zipfile_serialization=False) + saved({}),
+        UNLISTED,
+    ),
+    "an archive behind an archive": (lambda: saved(Evil()) + saved({}), UNLISTED),
+    "two records of one name": (twice_named, r"(posix|nt|os)\.system"),
+}
+
+
+@pytest.mark.parametrize("name", HIDDEN)
+def test_a_pickle_is_not_hidden_from_the_look_at_its_names(tmp_path, name):
+    make, named = HIDDEN[name]
+    write_zero_2(tmp_path)
+    (tmp_path / "checkpoint" / "zero_pp_rank_1_mp_rank_00_optim_states.pt").write_bytes(make())
+    seal(tmp_path)
+    with pytest.raises(ValueError, match=rf"optim_states\.pt names {named}, which no checkpoint needs"):
+        verify(tmp_path)
+
+
+def test_a_file_that_the_seal_leaves_out_is_looked_at_too(tmp_path):
+    write_zero_2(tmp_path)
+    name = "checkpoint/zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    seal(tmp_path)
+    files = read_json(tmp_path / SEAL)["files"]
+    write_json(tmp_path / SEAL, {"files": {other: found for other, found in files.items() if other != name}})
+    verify(tmp_path)
+    torch.save(Evil(), tmp_path / name)
+    with pytest.raises(ValueError, match=r"system, which no checkpoint needs"):
+        verify(tmp_path)
+
+
+def test_metadata_with_an_archive_behind_it_is_looked_at(tmp_path):
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(Evil()) + saved({}))
+    seal(tmp_path)
+    with pytest.raises(ValueError, match=r"system, which no checkpoint needs"):
+        verify(tmp_path)
+
+
+def test_an_engine_is_not_sent_to_another_folder(tmp_path):
+    write_zero_2(tmp_path)
+    (tmp_path / "latest").write_text("checkpoint")
+    seal(tmp_path)
+    verify(tmp_path)
+    (tmp_path / "latest").write_text("../elsewhere")
+    seal(tmp_path)
+    with pytest.raises(ValueError, match="latest names another folder than checkpoint: it is not read"):
+        verify(tmp_path)
 
 
 @pytest.mark.parametrize("protocol", [0, 2, 4, 5])
