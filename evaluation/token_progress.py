@@ -30,7 +30,10 @@ class TokenProgress:
     def __init__(self, label: str, total: int, *, show: bool):
         columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), RateColumn())
         times = (TimeElapsedColumn(), TimeRemainingColumn(compact=True))
-        self._bar = Progress(*columns, *times, console=Console(stderr=True), transient=True, disable=not show)
+        console = Console(stderr=True)
+        # Elsewhere than on a terminal nothing is drawn, but an empty line is left.
+        disable = not (show and console.is_terminal)
+        self._bar = Progress(*columns, *times, console=console, transient=True, disable=disable)
         self._task = self._bar.add_task(label, total=total)
 
     def __enter__(self) -> TokenProgress:

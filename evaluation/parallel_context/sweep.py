@@ -176,8 +176,8 @@ class ParallelSweep:
     def _measure(self, model: SweepModel, cells: Sequence[Cell], folder: Path, *, wait: bool) -> None:
         """Measure the cells that are not finished; the model is loaded only if there is one."""
         loaded = None
-        shown = self.progress and self.process.is_first
         console = Console(stderr=True)
+        shown = self.progress and self.process.is_first and console.is_terminal
         for cell in track(cells, f"scoring {model.label}", console=console, transient=True, disable=not shown):
             journal = cell.journal(folder)
             if cell.is_done(journal):
