@@ -5,6 +5,7 @@ import torch
 
 from configuration.check import check
 from configuration.compose import compose, recipe_names
+from configuration.memory_trace import StepTrace
 from configuration.training import describe, run
 from preprocess.corpora import ensure_corpus
 
@@ -67,7 +68,8 @@ def test_a_landmark_that_the_text_holds_is_refused(landmark, tiny_corpus, tmp_pa
         ("pg19_rpt_bm25", "145,979,904", "524,160"),
     ],
 )
-def test_published_sizes(name, parameters, tokens):
+def test_published_sizes(name, parameters, tokens, monkeypatch):
+    monkeypatch.setattr("configuration.memory.trace_module", lambda *_, **__: StepTrace(0, 0, 0, 0))
     text = describe(compose([f"recipe={name}"], command="train"))
     assert parameters in text and tokens in text
 
