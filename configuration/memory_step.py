@@ -88,7 +88,6 @@ def trace_module(module: Any, config: dict[str, Any], *, context_parallel_size: 
     """
     trainer = config["trainer"]
     low = precision_of(trainer).endswith("mixed") and not is_deepspeed(trainer)
-
     block = getattr(module.model.config, "block_width", None)
     longest = context_parallel_size * (LONGEST if block is None else LONGEST_WALK * block)
     length = config["data"].get("context_length") or config["module"]["context_length"]
