@@ -20,18 +20,25 @@ def weights_digest(model: nn.Module, token_ids: Sequence[int] = ()) -> str:
     another precision does not, but for float16, which rounds otherwise.
 
     Args:
-        model: any model; weights without storage count by their shapes.
+        model: any model; weights without storage count by their shapes, those in slices over processes by the slice
+            that this one holds.
         token_ids: rows ``[N, M]`` of the input embedding ``[V, M]`` that count as weights of their own.
     """
-    weights = [weight.detach() for weight in model.parameters()]
+    weights = [_held(weight.detach()) for weight in model.parameters()]
     if token_ids:
         embedding = model.get_input_embeddings().weight.detach()  # type: ignore[operator]
         weights += [embedding[token_id] for token_id in token_ids]
     hasher = hashlib.sha256(repr([tuple(weight.shape) for weight in weights]).encode())
     for device in sorted({str(weight.device) for weight in weights if not weight.is_meta}):
         picked = [_picked(weight) for weight in weights if str(weight.device) == device and weight.numel()]
-        hasher.update(repr(torch.cat(picked).float().tolist()).encode())
+        hasher.update(repr(torch.cat(picked).float().tolist() if picked else []).encode())
     return f"sha256:{hasher.hexdigest()}"
+
+
+def _held(weight: Tensor) -> Tensor:
+    """Return what this process holds of a weight ``[...]`` that may lie in slices over several."""
+    held: Tensor = weight.to_local() if hasattr(weight, "to_local") else weight  # type: ignore[operator]
+    return held
 
 
 def _picked(weight: Tensor) -> Tensor:
