@@ -1,7 +1,7 @@
 """Cases C1 to C3: one sequence over processes on a CPU: what they send, what each of them holds, how long it takes.
 
-Every process computes the step of its part on one thread; a case is refused unless logits and summed gradients are those
-of one process. Time is that of the processor: what idle cores would do at best, whatever else a shared machine runs.
+Every process computes the step of its part on one thread; a case is refused unless logits and summed gradients are
+those of one process. Time is that of the processor: what idle cores would do at best, whatever else a machine runs.
 """
 
 import functools
