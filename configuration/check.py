@@ -12,6 +12,7 @@ from configuration.binding import bind, bind_all
 from configuration.compose import at_source
 from configuration.errors import ConfigError
 from configuration.options import TaskOptions, TrainOptions
+from configuration.precision import precision_of
 from configuration.run_folder import other_owner
 from configuration.step_size import settle_step_size
 from configuration.targets import build, is_target
@@ -146,7 +147,7 @@ def _path_problems(config: dict[str, Any]) -> list[str]:
 
 def _device_problems(trainer: dict[str, Any]) -> list[str]:
     accelerator, devices = trainer.get("accelerator", "auto"), trainer.get("devices", "auto")
-    precision = str(trainer.get("precision") or "32-true")
+    precision = precision_of(trainer)
     found = torch.cuda.device_count()
     problems = []
     if accelerator in ("gpu", "cuda") and found == 0:

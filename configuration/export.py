@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from callbacks.checkpoint import checkpoint_step, named_checkpoint, read_checkpoint
+from configuration.precision import precision_of
 from configuration.run_folder import other_owner, read_config, run_of
 from configuration.targets import build
 from lightning_modules.lora import MergedModel
@@ -62,7 +63,7 @@ def restored_module(config: dict[str, Any], checkpoint: Path) -> Any:
     """
     loaded = read_checkpoint(checkpoint)
     module = build(config["module"], "module")
-    with default_dtype(_DTYPES.get(config["trainer"]["precision"], torch.float32)):
+    with default_dtype(_DTYPES.get(precision_of(config["trainer"]), torch.float32)):
         module.configure_model()
     module.on_load_checkpoint(loaded)
     module.load_state_dict(loaded["state_dict"])

@@ -16,7 +16,8 @@ from typing import Any
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from configuration.memory_step import is_deepspeed, on_gpu, precision_of, trace_module
+from configuration.memory_step import is_deepspeed, on_gpu, trace_module
+from configuration.precision import precision_of
 from configuration.step_size import num_data_processes
 
 FLOAT = 4

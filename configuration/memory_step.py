@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from configuration.memory_trace import StepTrace, place_weights, trace_step, without_data
+from configuration.precision import precision_of
 from configuration.targets import build
 from kernels.context_parallel import SequenceGroup
 from lightning_modules.kv_compression import KVCompressionLM
@@ -27,12 +28,6 @@ from patches.sentinel import SpanLayout
 LONGEST = 32_768
 # The same for models that walk through a sequence block by block, in blocks.
 LONGEST_WALK = 4
-
-
-def precision_of(trainer: dict[str, Any]) -> str:
-    """The precision of a trainer, which a plugin may state for it."""
-    plugins = [plugin.get("precision") for plugin in trainer.get("plugins") or [] if isinstance(plugin, dict)]
-    return str(trainer.get("precision") or next((name for name in plugins if name), "32-true"))
 
 
 def is_deepspeed(trainer: dict[str, Any]) -> bool:

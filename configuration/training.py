@@ -18,6 +18,7 @@ from callbacks.loss_log import read_rows
 from callbacks.sharded_strategies import SealedCheckpoints
 from configuration.errors import Stopped
 from configuration.export import restored_module, save_model_folder
+from configuration.precision import precision_of
 from configuration.quiet import quiet
 from configuration.run_folder import open_run, versions, write_start
 from configuration.run_lock import naming_lost_processes, only_run_in
@@ -204,7 +205,7 @@ def write_model(module: Any, folder: Path) -> None:
 
 def protocol(config: dict[str, Any], data: Any) -> dict[str, Any]:
     """What the validation numbers depend on besides the weights."""
-    return data.validation_protocol() | {"precision": config["trainer"]["precision"], "versions": versions()}
+    return data.validation_protocol() | {"precision": precision_of(config["trainer"]), "versions": versions()}
 
 
 def dry_run(config: dict[str, Any], missing: Sequence[str]) -> str:
