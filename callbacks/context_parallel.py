@@ -47,14 +47,14 @@ class ContextParallel(DDPStrategy):
         return {"num_replicas": processes // self.group_size, "rank": self.global_rank // self.group_size}
 
     def setup_distributed(self) -> None:
-        """Connect all processes, then those of every group."""
+        """Connect all processes, then those of every group; once, though every loop of the trainer asks for it."""
         processes = self.num_nodes * self.num_processes
         if self.group_size < 1 or processes % self.group_size:
             raise ValueError(
                 f"context_parallel_size must divide the number of processes, got {self.group_size} and {processes}"
             )
         super().setup_distributed()
-        if self.group_size == 1:
+        if self.group_size == 1 or self.sequence_group is not None:
             return
         for first in range(0, processes, self.group_size):
             ranks = list(range(first, first + self.group_size))

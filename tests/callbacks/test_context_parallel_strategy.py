@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 from lightning.fabric.plugins.environments import LightningEnvironment
+from lightning.pytorch.strategies import DDPStrategy
 
 from callbacks.context_parallel import ContextParallel
 from configuration.errors import ConfigError
@@ -23,6 +25,25 @@ def strategy(size, rank, processes=8):
 )
 def test_neighbours_read_the_same_samples(size, rank, share):
     assert strategy(size, rank).distributed_sampler_kwargs == {"num_replicas": share[0], "rank": share[1]}
+
+
+def test_groups_are_connected_once(monkeypatch):
+    """A validation after the training sets the processes up again."""
+    connected = []
+
+    def new_group(ranks):
+        connected.append(ranks)
+        return dist.ProcessGroup(0, 1)
+
+    monkeypatch.setattr(DDPStrategy, "setup_distributed", lambda _: None)
+    monkeypatch.setattr("callbacks.context_parallel.dist.new_group", new_group)
+    monkeypatch.setattr(dist, "get_rank", lambda _: 1)
+    made = strategy(4, 5)
+    made.setup_distributed()
+    group = made.sequence_group
+    made.setup_distributed()
+    assert connected == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert made.sequence_group is group and (group.ranks, group.rank) == ([4, 5, 6, 7], 1)
 
 
 @pytest.mark.parametrize("size", [3, 0, 16])
