@@ -15,6 +15,8 @@ from kernels.context_parallel import Cut, SequenceGroup, SequencePart
 from losses.cross_entropy import IGNORE_INDEX, next_token_nll
 
 TARGETS = ("labels", "next_token")
+# What no part of a sequence can have, and what to do: rows of text go without documents, pairs never without padding.
+INSTEAD = {"document_ids": "data.documents=stream", "attention_mask": "trainer=ddp, or fsdp2"}
 
 
 @dataclass(frozen=True)
@@ -95,9 +97,9 @@ class SequenceSplit:
         """
         if self.group is None or self.cut is None:
             return OwnTokens(batch)
-        for name in ("document_ids", "attention_mask"):
+        for name, instead in INSTEAD.items():
             if name in batch:
-                raise ValueError(f"a sequence with {name} cannot be split over processes: use data.documents=stream")
+                raise ValueError(f"a sequence with {name} cannot be split over processes: use {instead}")
         part = self.group.part(batch["input_ids"].shape[1], self.cut)
         own = {name: batch[name][:, part.start : part.stop] for name in ("input_ids", "labels")}
         if part.stop < part.length:

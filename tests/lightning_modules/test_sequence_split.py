@@ -48,9 +48,11 @@ def test_a_validation_length_that_is_too_short_is_counted_once():
     assert [int(own.nll(logits)[1].sum()) for own in owns] == [14, 0]
 
 
-@pytest.mark.parametrize("name", ["document_ids", "attention_mask"])
-def test_documents_and_padding_are_refused(name):
-    with pytest.raises(ValueError, match=f"{name} cannot be split over processes: use data.documents=stream"):
+@pytest.mark.parametrize(
+    ("name", "instead"), [("document_ids", "data.documents=stream"), ("attention_mask", "trainer=ddp, or fsdp2")]
+)
+def test_documents_and_padding_are_refused(name, instead):
+    with pytest.raises(ValueError, match=f"{name} cannot be split over processes: use {instead}"):
         SequenceSplit(Group(0), Cut()).own(batch(8, **{name: torch.ones(2, 8)}))
 
 
