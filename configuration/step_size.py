@@ -42,8 +42,8 @@ def num_data_processes(trainer: dict[str, Any]) -> int:
 def _devices(devices: Any, accelerator: str) -> int:
     if isinstance(devices, list):
         return len(devices)
-    if isinstance(devices, str) and devices.isdigit():
-        return int(devices)
+    if isinstance(devices, str) and devices[:1].isdigit():  # a number, or numbers of devices
+        return len([number for number in devices.split(",") if number.strip()]) if "," in devices else int(devices)
     if isinstance(devices, int) and devices > 0:
         return devices
     return 1 if accelerator == "cpu" else max(1, torch.cuda.device_count())

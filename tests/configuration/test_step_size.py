@@ -16,6 +16,8 @@ def recipe(**trainer):
     [
         ({"devices": 4, "num_nodes": 2}, 8),
         ({"devices": "4"}, 4),
+        ({"devices": "0,2, 5"}, 3),
+        ({"devices": "1,"}, 1),
         ({"devices": [0, 3]}, 2),
         ({"devices": "auto"}, 1),
         ({"devices": -1}, 1),
