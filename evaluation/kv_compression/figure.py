@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -49,7 +50,8 @@ def _draw_perplexity(axes: Axes, curves: Mapping[str, Curve], reference: Mapping
     for index, (label, pairs) in enumerate(reference.items()):
         look: dict[str, Any] = {"color": COLOURS[index % len(COLOURS)], "linestyle": "--", "linewidth": 1}
         axes.plot([pair[0] for pair in pairs], [pair[1] for pair in pairs], label=label, **look)
-    axes.set_yscale("log")
+    if _spread(axes) > 10:
+        axes.set_yscale("log")
     axes.set_ylabel("perplexity per original token")
 
 
@@ -58,9 +60,17 @@ def _draw_excess(axes: Axes, curves: Mapping[str, Curve], dense: float) -> None:
     for index, (method, points) in enumerate(curves.items()):
         removed = [(achieved, math.log(value / dense), nominal) for achieved, value, nominal in points if nominal]
         _plot(axes, method, removed, index)
+    wide = _spread(axes) > 10
     axes.axhline(0, color="0.5", linewidth=1, linestyle=":")
-    axes.set_yscale("symlog", linthresh=1e-3)
-    axes.set_ylabel("loss above dense (nats, linear within 0.001)")
+    if wide:
+        axes.set_yscale("symlog", linthresh=1e-3)
+    axes.set_ylabel(f"loss above dense (nats{', linear within 0.001' * wide})")
+
+
+def _spread(axes: Axes) -> float:
+    """How many times the smallest drawn value the greatest is, without their signs; 1 without values."""
+    sizes = [abs(float(value)) for line in axes.lines for value in np.asarray(line.get_ydata())]
+    return max(sizes, default=1) / max(min(sizes, default=1), 1e-12)
 
 
 def _look(index: int) -> dict[str, Any]:

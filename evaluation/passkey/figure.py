@@ -28,7 +28,9 @@ def save_needle_map(rows: Sequence[Mapping[str, Any]], path: Path, *, title: str
     lengths = sorted({row["length"] for row in rows})
     depths = [cell["depth"] for cell in rows[0]["by_depth"]] or [None]
     height = 1.7 + 0.36 * len(depths)
-    figure = Figure(figsize=((1.6 + 0.62 * len(lengths)) * len(labels), height), layout="constrained")
+    # Wide enough for the title, however few the lengths.
+    width = max((1.6 + 0.62 * len(lengths)) * len(labels), 0.6 + 0.085 * len(title))
+    figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     for number, label in enumerate(labels):
         axes = figure.add_subplot(1, len(labels), number + 1)

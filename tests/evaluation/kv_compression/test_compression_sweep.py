@@ -152,3 +152,13 @@ def test_infinite_perplexities_are_named_and_not_drawn(broken, tmp_path):
     assert f"local (infinite at {at})" in drawn and (broken == "dense") == ("sentinel (infinite" in drawn)
     save_generation_figure([{"judge_perplexity_mean_text": 3.0} | row for row in rows], tmp_path)
     assert f"local (infinite at {at})" in (tmp_path / "figure.svg").read_text()
+
+
+@pytest.mark.parametrize(("worst", "wide"), [(77.0, False), (160.0, True)])
+def test_losses_of_one_size_are_drawn_on_a_linear_scale(tmp_path, worst, wide):
+    rows = [
+        {"method": method, "nominal_ratio": ratio, "achieved_ratio": ratio, "perplexity": perplexity}
+        for method, ratio, perplexity in (("dense", 0.0, 70.0), ("local", 0.5, 76.0), ("local", 0.9, worst))
+    ]
+    save_compression_figure(rows, tmp_path, reference={})
+    assert ("linear within 0.001" in (tmp_path / "figure.svg").read_text()) is wide
