@@ -32,7 +32,8 @@ class ParallelPerplexity(pl.Callback):
 
     Of each row of the first validation loader all but the last ``keep_tail + unsplit`` tokens are context, cut into d
     pieces; the rest is the query, of which the last ``keep_tail`` tokens are scored. Degree 1 is ordinary perplexity.
-    Shorter rows are left out.
+    Shorter rows are left out, and so are padding and rows that a rank repeats without a target to score. Reads
+    ``{"counted": [B, T]}`` of validation steps.
 
     Args:
         degrees: numbers of pieces.
@@ -117,7 +118,7 @@ class ParallelPerplexity(pl.Callback):
         if trainer.sanity_checking or dataloader_idx or beyond:
             return
         assert self._sums is not None
-        rows = text_rows(batch)
+        rows = text_rows(batch, outputs["counted"])
         # A compiled model would be compiled anew for every shape.
         eager = torch.compiler.set_stance("force_eager")
         with trainer.precision_plugin.forward_context(), eager:
@@ -167,12 +168,20 @@ class ParallelPerplexity(pl.Callback):
         return score_tails(bound, pieces, queries, cut=self.cut, meet=calls.meet).sum(0)
 
 
-def text_rows(batch: Mapping[str, Tensor]) -> list[list[int]]:
-    """Return the token ids of every row without its padding."""
+def text_rows(batch: Mapping[str, Tensor], counted: Tensor) -> list[list[int]]:
+    """Return the token ids of every row that is scored, without its padding.
+
+    Args:
+        batch: ``input_ids`` ``[B, N]``; where rows are padded ``attention_mask`` ``[B, N]``, or ``valid``
+            ``[B, N - 1]``, whether the token behind a position counts.
+        counted: ``[B, ...]``; a row without a target is another rank's, repeated here because rows ran out.
+    """
     ids, mask = batch["input_ids"], batch.get("attention_mask")
-    if mask is None:
-        return ids.tolist()
-    return [row[kept].tolist() for row, kept in zip(ids, mask.bool(), strict=True)]
+    kept = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+    if mask is None and "valid" in batch:
+        kept[:, 1:] = batch["valid"].flip(1).cummax(1).values.flip(1)  # up to the last target
+    scored = counted.flatten(1).any(1).tolist()
+    return [row[own].tolist() for row, own, mine in zip(ids, kept, scored, strict=True) if mine]
 
 
 def _without(prefix: list[int], tokens: list[int]) -> list[int]:

@@ -86,8 +86,26 @@ def test_a_patch_is_kept_but_for_its_degree(lab, make_trainer):
 
 def test_padding_is_left_out():
     ids, mask = torch.tensor([[5, 6, 7], [8, 9, 3]]), torch.tensor([[1, 1, 0], [1, 1, 1]])
-    assert text_rows({"input_ids": ids, "attention_mask": mask}) == [[5, 6], [8, 9, 3]]
-    assert text_rows({"input_ids": ids}) == ids.tolist()
+    counted = torch.ones(2, 3, dtype=torch.bool)
+    assert text_rows({"input_ids": ids, "attention_mask": mask}, counted) == [[5, 6], [8, 9, 3]]
+    assert text_rows({"input_ids": ids}, counted) == ids.tolist()
+    valid = torch.tensor([[True, False], [False, True]])  # the second row begins with a token that is no target
+    assert text_rows({"input_ids": ids, "valid": valid}, valid) == [[5, 6], [8, 9, 3]]
+
+
+def test_rows_that_a_rank_repeats_are_not_scored_again(lab, make_trainer):
+    module, data = lab["Module"](lab["tiny_llama"]()), lab["Data"]()
+    first = list(data.val_dataloader()[0])
+    repeated = {name: value.clone() for name, value in first[0].items()}
+    repeated["labels"].fill_(-100)
+    repeated["next_token"].fill_(-100)
+    found = []
+    for batches in (first, [*first, repeated]):
+        data.val_dataloader = lambda batches=batches: [data.loader(batches)]
+        callback = ParallelPerplexity((1, 2), **OPTIONS)
+        make_trainer(callback).validate(module, datamodule=data, verbose=False)
+        found.append(callback.results)
+    assert found[0] == found[1]
 
 
 def test_two_ranks_add_up(lab, make_trainer, monkeypatch):
