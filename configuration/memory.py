@@ -131,14 +131,11 @@ def _deepspeed(model: nn.Module, trainer: dict[str, Any], *, processes: int) -> 
     stage = int(options.get("stage", 2))
     weights, gradients = _nbytes(model), _nbytes(model, trained=True)
     masters = sum(p.numel() for p in model.parameters() if p.requires_grad) * FLOAT * 3 // processes
-    largest = max(
-        (_nbytes(part) for part in model.modules() if isinstance(part, GradientCheckpointingLayer)), default=0
-    )
     return StepMemory(
         weights // (processes if stage == 3 else 1),
         gradients // (processes if stage >= 2 else 1),
         masters,
-        copies=largest if stage == 3 else 0,
+        copies=max(map(_nbytes, _layers(model)), default=0) if stage == 3 else 0,
         host=masters if options.get("offload_optimizer") else 0,
     )
 
