@@ -61,7 +61,8 @@ def _ending(error: BaseException) -> tuple[str, int]:
         return str(error), 128 + error.number
     if isinstance(error, KeyboardInterrupt):
         return "interrupted", 128 + signal.SIGINT
-    problems = error.problems if isinstance(error, ConfigError) else [str(error)]
+    # What libraries say may have several lines.
+    problems = error.problems if isinstance(error, ConfigError) else [" ".join(str(error).split())]
     if len(problems) == 1:
         return f"error: {problems[0]}", 2
     return "\n".join([f"{len(problems)} problems:", *(f"  - {problem}" for problem in problems)]), 2

@@ -64,9 +64,11 @@ def _blank_model(section: dict[str, Any]) -> Callable[[], nn.Module]:
     if "path" not in section:
         made: Callable[[], nn.Module] = build(section, "model")
         return made
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(section["path"])
+    from models.pretrained import load_config
+
+    config = load_config(section["path"])
     dtype = section.get("dtype", "float32")
     given = getattr(config, "dtype", None) if dtype == "auto" else getattr(torch, dtype)
     return lambda: AutoModelForCausalLM.from_config(config, dtype=given or torch.float32)

@@ -149,9 +149,10 @@ def model_settings(model: dict[str, Any]) -> dict[str, Any]:
     """The configuration of the model to be built: in the recipe, or in the folder it is loaded from."""
     if "config" in model or "path" not in model:
         return model.get("config") or {}
-    from transformers import AutoConfig
+    from models.pretrained import load_config
 
-    return AutoConfig.from_pretrained(model["path"]).get_text_config().to_dict()
+    settings: dict[str, Any] = load_config(model["path"]).get_text_config().to_dict()
+    return settings
 
 
 def copy_tokenizer(source: Path | str | None, target: Path) -> None:

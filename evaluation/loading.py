@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
 import models  # noqa: F401 - registers the suite's models with transformers' Auto classes
 from evaluation.results import digest
+from models.pretrained import load_config
 
 
 def load_model(name: str, *, dtype: torch.dtype, device: torch.device) -> Any:
@@ -37,8 +38,11 @@ def load_tokenizer(name: str) -> Any | None:
 
     Raises:
         ValueError: the folder holds a damaged one.
+        FileNotFoundError: neither a folder nor a name that the hub answers to.
     """
     is_folder = Path(name).is_dir()
+    if not is_folder:
+        load_config(name)
     if is_folder and not (Path(name) / "tokenizer.json").is_file():
         return None
     try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from copy import deepcopy
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -19,6 +20,27 @@ logger = logging.getLogger(__name__)
 
 # What remains of the rotary settings when scaling is dropped.
 _UNSCALED = ("rope_theta", "partial_rotary_factor")
+
+
+def load_config(name: str) -> PreTrainedConfig:
+    """Read the configuration of a model.
+
+    Args:
+        name: model folder or hub name.
+
+    Raises:
+        FileNotFoundError: there is no such folder, and the hub does not answer to the name.
+        OSError: the folder has no configuration, or a damaged one.
+    """
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(name)
+    except OSError as error:
+        if Path(name).is_dir():
+            raise
+        raise FileNotFoundError(
+            f"no model {name}: neither a folder nor a name that the hub answers to from here"
+        ) from error
+    return config
 
 
 def load_causal_lm(
@@ -44,7 +66,7 @@ def load_causal_lm(
         ValueError: as `override_rope`, or the attention implementation is not installed.
         OSError: there is no such model.
     """
-    config = AutoConfig.from_pretrained(path)
+    config = load_config(path)
     override_rope(config, theta=rope_theta, context_length=context_length, keep_scaling=keep_rope_scaling)
     try:
         return AutoModelForCausalLM.from_pretrained(

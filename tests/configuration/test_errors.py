@@ -13,6 +13,7 @@ from configuration.errors import ConfigError, Stopped, exit_with_sentence
         (ValueError("wrong"), 2, "error: wrong\n"),
         (ConfigError(["a", "b"]), 2, "2 problems:\n  - a\n  - b\n"),
         (FileNotFoundError("no file x"), 2, "error: no file x\n"),
+        (OSError("no answer.\nLook there."), 2, "error: no answer. Look there.\n"),
         (Stopped("terminated at step 3", signal.SIGTERM), 143, "terminated at step 3\n"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
     ],

@@ -105,3 +105,12 @@ def test_damaged_files_are_one_sentence(model_folder, name, load):
         file.truncate(100)
     with pytest.raises(ValueError, match=r"(model|tokenizer in) .* does not load: [^\n]+$"):
         load(folder, **(CPU if load is load_model else {}))
+
+
+def test_a_name_that_the_hub_does_not_know_is_no_model_without_a_tokenizer(monkeypatch):
+    def unreachable(name):
+        raise OSError("no connection")
+
+    monkeypatch.setattr("models.pretrained.AutoConfig.from_pretrained", unreachable)
+    with pytest.raises(FileNotFoundError, match="no model some/model"):
+        load_tokenizer("some/model")

@@ -15,7 +15,7 @@ from transformers import (
     Qwen2Config,
 )
 
-from models.pretrained import load_causal_lm, override_model_rope, override_rope
+from models.pretrained import load_causal_lm, load_config, override_model_rope, override_rope
 
 SIZES = {"vocab_size": 61, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 LLAMA3 = {
@@ -106,3 +106,14 @@ def test_an_attention_that_is_not_installed_is_named(tmp_path):
     AutoModelForCausalLM.from_config(LlamaConfig(**SIZES, intermediate_size=64)).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"attn_implementation=flash_attention_2 is not there .*: choose sdpa"):
         load_causal_lm(str(tmp_path), attn_implementation="flash_attention_2")
+
+
+def test_a_model_that_is_nowhere_is_named(monkeypatch, tmp_path):
+    def unreachable(name):
+        raise OSError("no connection.\nLook there.")
+
+    monkeypatch.setattr("models.pretrained.AutoConfig.from_pretrained", unreachable)
+    with pytest.raises(FileNotFoundError, match="no model some/model: neither a folder nor a name"):
+        load_causal_lm("some/model")
+    with pytest.raises(OSError, match="no connection"):  # the library knows more about a folder
+        load_config(str(tmp_path))
