@@ -19,10 +19,11 @@ class TokenizeProgress:
     Args:
         name: of the source.
         num_parts: files or splits the source has.
+        counted: what is counted beside tokens.
     """
 
-    def __init__(self, name: str, num_parts: int):
-        self.name, self.num_parts = name, num_parts
+    def __init__(self, name: str, num_parts: int, *, counted: str = "documents"):
+        self.name, self.num_parts, self.counted = name, num_parts, counted
         self.live = sys.stderr.isatty()
         columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
         self.bar = Progress(*columns, console=Console(stderr=True), disable=not self.live)
@@ -48,7 +49,7 @@ class TokenizeProgress:
         if now - self.shown < (REFRESH_SECONDS if self.live else LOG_SECONDS):
             return
         self.shown = now
-        line = f"{self.name}: {documents:,} documents, {tokens:,} tokens"
+        line = f"{self.name}: {documents:,} {self.counted}, {tokens:,} tokens"
         if tokens > self.first_tokens:
             line += f", {(tokens - self.first_tokens) / max(now - self.started, 1e-9):,.0f} tokens/s"
         if self.live:

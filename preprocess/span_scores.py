@@ -73,7 +73,7 @@ def main(arguments: list[str]) -> None:
         windows_per_forward=options.windows_per_forward,
         overwrite=options.overwrite,
     )
-    with TokenizeProgress(f"{options.output.name}: scoring", len(corpora)) as progress:
+    with TokenizeProgress(f"{options.output.name}: scoring", len(corpora), counted="splits done") as progress:
         meta, was_there = score_spans(work, progress)
     print(summary(options.output, meta, was_there=was_there))
 

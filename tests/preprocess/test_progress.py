@@ -24,3 +24,10 @@ def test_a_line_every_ten_seconds_with_the_rate_of_this_run(clock, capsys):
         "text: 1 documents, 5,000 tokens, part 2 of 4",
         "text: 3 documents, 9,000 tokens, 200 tokens/s, part 3 of 4",
     ]
+
+
+def test_what_is_counted_has_a_name(clock, capsys):
+    with progress.TokenizeProgress("scores", 2, counted="splits done") as report:
+        clock[0] += 15
+        report(0, 100, 0)
+    assert capsys.readouterr().err == "scores: 0 splits done, 100 tokens, part 1 of 2\n"
