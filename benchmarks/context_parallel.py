@@ -96,7 +96,7 @@ def work(rank: int, num_processes: int, folder: str) -> None:
     assert dist.group.WORLD is not None
     part = None
     if num_processes > 1:
-        group = SequenceGroup(list(range(num_processes)), dist.group.WORLD)
+        group = SequenceGroup(list(range(num_processes)), rank, dist.group.WORLD)
         part = group.part(LENGTH, build().sequence_cut)
     measured, logits, model = measure(part)
     if part is not None and measured.received != expected_bytes(model.config, part):

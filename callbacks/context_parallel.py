@@ -61,4 +61,4 @@ class ContextParallel(DDPStrategy):
             connection = dist.new_group(ranks)  # which every process has to call for every group
             if self.global_rank in ranks:
                 assert isinstance(connection, dist.ProcessGroup)
-                self.sequence_group = SequenceGroup(ranks, connection)
+                self.sequence_group = SequenceGroup(ranks, ranks.index(self.global_rank), connection)

@@ -14,8 +14,8 @@ from configuration.errors import ConfigError
 from configuration.options import TaskOptions, TrainOptions
 from configuration.precision import precision_of
 from configuration.run_folder import other_owner
-from configuration.step_size import settle_step_size
-from configuration.targets import build, is_target
+from configuration.step_size import settle_step_size, sharing_processes
+from configuration.targets import build, import_target, is_target
 
 # Trainer options that the suite sets itself, and what to use for them.
 _OURS = {
@@ -118,7 +118,18 @@ def _train_problems(config: dict[str, Any]) -> list[str]:
     every = config.get("eval_every_n_steps")
     if every is not None and every < 1:
         problems.append(f"eval_every_n_steps must be at least 1 or null, got {every}")
-    return problems
+    return problems + _sharing_problems(trainer, config["data"])
+
+
+def _sharing_problems(trainer: dict[str, Any], data: dict[str, Any]) -> list[str]:
+    """Processes share rows that one text fills."""
+    if sharing_processes(trainer) == 1:
+        return []
+    if data.get("documents") == "packed":
+        return ["trainer=context_parallel splits rows of one text: pass data.documents=stream, or trainer=ddp"]
+    if not getattr(import_target(data["_target_"]), "whole_rows", False):
+        return [f"trainer=context_parallel splits rows of one text, not those of {data['_target_']}: pass trainer=ddp"]
+    return []
 
 
 def _path_problems(config: dict[str, Any]) -> list[str]:

@@ -18,7 +18,6 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from configuration.memory_step import is_deepspeed, on_gpu, trace_module
 from configuration.precision import precision_of
-from configuration.step_size import num_data_processes
 
 FLOAT = 4
 logger = logging.getLogger(__name__)
@@ -100,14 +99,6 @@ def _states(model: nn.Module, trainer: dict[str, Any], *, processes: int) -> Ste
     # rules out.
     roots = trained if on_gpu(trainer) and precision_of(trainer).endswith("mixed") else 0
     return StepMemory(weights, trained, 2 * trained, copies=buckets, update=roots)
-
-
-def sharing_processes(trainer: dict[str, Any]) -> int:
-    """Processes that share a sequence, as the options of a trainer say."""
-    strategy = trainer.get("strategy")
-    if not isinstance(strategy, dict) or not str(strategy.get("_target_", "")).endswith(".ContextParallel"):
-        return 1
-    return num_data_processes(trainer | {"strategy": "auto"}) // num_data_processes(trainer)
 
 
 def _is_fsdp(trainer: dict[str, Any]) -> bool:

@@ -90,7 +90,8 @@ def trace_module(module: Any, config: dict[str, Any], *, context_parallel_size: 
     length = config["data"].get("context_length") or config["module"]["context_length"]
     lengths = [length] if length <= longest else [longest // 2, longest]
     if context_parallel_size > 1:
-        group = _last_of(context_parallel_size)
+        # The process with the last part, without the others.
+        group = SequenceGroup(list(range(context_parallel_size)), context_parallel_size - 1, None)
         module.split = SequenceSplit.over(group, module.model, problem=module.splitting_problem())
     # What depends on the numbers of a batch is done before they are gone.
     steps = [_loss_of(module, _blank_batch(module, config["data"], tokens)) for tokens in lengths]
@@ -98,14 +99,6 @@ def trace_module(module: Any, config: dict[str, Any], *, context_parallel_size: 
         place_weights(module)
         first, *more = [trace_step(module.model, step, low=low) for step in steps]
     return first.continued(more[0], 2 * length / longest - 2) if more else first
-
-
-def _last_of(size: int) -> SequenceGroup:
-    """The last of so many processes that share a sequence, without the others."""
-    group = object.__new__(SequenceGroup)
-    group.ranks, group.rank, group.received_bytes = list(range(size)), size - 1, 0
-    group.process_group = None  # type: ignore[assignment]
-    return group
 
 
 def _blank_batch(module: Any, data: dict[str, Any], length: int) -> dict[str, Any]:
@@ -144,7 +137,9 @@ def _loss_of(module: Any, batch: dict[str, Any]) -> Callable[[], Tensor]:
     if not isinstance(module, SummedLossModule):
         own = module.split.own(batch)
         if own.part is not None:
-            return lambda: own.nll(module.model(**own.model_inputs()).logits)[0].sum()
+            noisy = getattr(module.model.config, "retrieval_noise", None) is not None
+            seeds = {"retrieval_generator": torch.arange(len(batch["labels"]))} if noisy else {}
+            return lambda: own.nll(module.model(**own.model_inputs(), **seeds).logits)[0].sum()
         options = {"labels": batch["labels"], "use_cache": False, "num_items_in_batch": torch.ones(())}
         return lambda: module.model(**module.model_inputs(batch), **options).loss
     if isinstance(module, TokenWeightedLM):

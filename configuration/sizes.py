@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from callbacks.throughput import flops_per_token, peak_tflops
-from configuration.memory import StepMemory, sharing_processes, step_memory
+from configuration.memory import StepMemory, step_memory
 from configuration.memory_step import blank_module
-from configuration.step_size import num_data_processes, settle_step_size
+from configuration.step_size import num_data_processes, settle_step_size, sharing_processes
 
 
 def describe(config: dict[str, Any], missing: Sequence[str] = ()) -> str:

@@ -39,6 +39,14 @@ def num_data_processes(trainer: dict[str, Any]) -> int:
     return processes
 
 
+def sharing_processes(trainer: dict[str, Any]) -> int:
+    """Processes that share a sequence, as the options of a trainer say."""
+    strategy = trainer.get("strategy")
+    if not isinstance(strategy, dict) or not str(strategy.get("_target_", "")).endswith(".ContextParallel"):
+        return 1
+    return num_data_processes(trainer | {"strategy": "auto"}) // num_data_processes(trainer)
+
+
 def _devices(devices: Any, accelerator: str) -> int:
     if isinstance(devices, list):
         return len(devices)

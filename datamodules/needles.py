@@ -63,6 +63,8 @@ class NeedleDataModule(PackedTextDataModule):
         ValueError: an option out of range.
     """
 
+    whole_rows = False  # answers are padded
+
     def __init__(
         self,
         path: str | Path,

@@ -46,6 +46,8 @@ class PackedTextDataModule(StepDataModule[TokenCorpus]):
         ValueError: a number below 1, or an unknown ``documents``.
     """
 
+    whole_rows = True
+
     def __init__(
         self,
         path: str | Path,

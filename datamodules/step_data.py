@@ -44,6 +44,9 @@ class StepDataModule(pl.LightningDataModule, Generic[SplitT]):
         pin_memory: page-lock batches for copies to a GPU.
     """
 
+    whole_rows = False
+    """Whether one text fills every row, without padding or, as long as ``documents`` says nothing else, borders."""
+
     def __init__(
         self, path: str | Path, *, splits: tuple[str, str], accumulate: int, num_workers: int, pin_memory: bool
     ):

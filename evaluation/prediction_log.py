@@ -33,9 +33,7 @@ class PredictionLog:
                 self.records[tuple(record[name] for name in keys)] = record
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"{path} line {number} is damaged: remove the line, or the file") from error
-        if len(whole) < len(content):
-            with path.open("r+b") as file:
-                file.truncate(len(whole))
+        self._torn = len(whole) if len(whole) < len(content) else None
 
     def get(self, *key: Any) -> dict[str, Any] | None:
         """Return the record of a key, None if there is none yet."""
@@ -44,6 +42,9 @@ class PredictionLog:
     def add(self, record: Mapping[str, Any]) -> dict[str, Any]:
         """Append a record and flush it to the disk; returns it."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self._torn is not None:  # only who writes cuts: another process may be writing what is read here
+            os.truncate(self.path, self._torn)
+            self._torn = None
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json_text(record) + "\n")
             file.flush()

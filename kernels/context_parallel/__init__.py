@@ -58,14 +58,13 @@ class SequenceGroup:
 
     Attributes:
         ranks: their ranks in the run.
-        rank: which of them this is.
-        process_group: connects them.
+        rank: which of them this is, from 0.
+        process_group: connects them; None: they are not there, and nothing can be exchanged.
         received_bytes: what this process has got from the others so far.
     """
 
-    def __init__(self, ranks: list[int], process_group: dist.ProcessGroup) -> None:
-        self.ranks, self.process_group = ranks, process_group
-        self.rank = dist.get_rank(process_group)
+    def __init__(self, ranks: list[int], rank: int, process_group: dist.ProcessGroup | None) -> None:
+        self.ranks, self.rank, self.process_group = ranks, rank, process_group
         self.received_bytes = 0
 
     @property

@@ -220,6 +220,8 @@ class DRTForCausalLM(CausalLanguageModel):
         if part is not None:
             others = {"document_ids": document_ids, "past_key_values": past_key_values, "labels": labels}
             check_part(part, input_ids, attention_mask=attention_mask, **others)
+            if self.training and self.config.retrieval_noise and not isinstance(retrieval_generator, Tensor):
+                raise ValueError("the noise of a part follows from seeds of its rows: pass them as retrieval_generator")
         keeps_cache = document_ids is None and part is None and self.caches(use_cache, labels, past_key_values)
         cache = self._cache(past_key_values) if keeps_cache else None
         layout, documents = self._layout(input_ids, attention_mask, document_ids, cache=cache, part=part)

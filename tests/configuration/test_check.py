@@ -12,8 +12,8 @@ from configuration.run_folder import write_start
 def problems(tiny_corpus, tmp_path):
     """The problems of a tiny training recipe with some options."""
 
-    def find(*options, output=tmp_path / "run"):
-        common = ["recipe=quickstart", "scale=tiny", f"data.path={tiny_corpus}", f"output={output}"]
+    def find(*options, output=tmp_path / "run", recipe="quickstart"):
+        common = [f"recipe={recipe}", "scale=tiny", f"data.path={tiny_corpus}", f"output={output}"]
         with pytest.raises(ConfigError) as error:
             check(compose([*common, *options], command="train"))
         return error.value.problems
@@ -47,6 +47,14 @@ def test_a_copied_value_is_reported_once_at_its_source(problems):
 def test_one_sentence_for_each(problems, option, words):
     (problem,) = problems(option)
     assert problem.startswith(words)
+
+
+def test_sequences_are_shared_where_one_text_fills_them(problems):
+    shared = ["trainer=context_parallel", "trainer.accelerator=cpu", "trainer.precision=32-true", "trainer.devices=2"]
+    (problem,) = problems(*shared, "data.documents=packed")
+    assert problem.startswith("trainer=context_parallel splits rows of one text: pass data.documents=stream")
+    (problem,) = problems(*shared, recipe="niah_gca")
+    assert problem.startswith("trainer=context_parallel splits rows of one text, not those of datamodules.needles.")
 
 
 def test_an_output_that_is_a_file_or_of_another_command_is_refused(problems, tmp_path):

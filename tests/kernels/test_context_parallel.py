@@ -74,7 +74,7 @@ def all_of_it():
         (2, too_short),
     ]:
         if dist.get_rank() < size:
-            check(SequenceGroup(list(range(size)), groups[size]))
+            check(SequenceGroup(list(range(size)), dist.get_rank(), groups[size]))
     dist.barrier()
 
 

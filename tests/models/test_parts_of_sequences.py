@@ -68,7 +68,7 @@ def all_of_it():
     for size, length, batch in SHAPES:
         for name, make in MODELS.items():
             if dist.get_rank() < size:
-                group = SequenceGroup(list(range(size)), groups[size])
+                group = SequenceGroup(list(range(size)), dist.get_rank(), groups[size])
                 compare(make, group, length, batch, checkpointing=name == "drt" and size == 3)
     dist.barrier()
 
@@ -92,10 +92,16 @@ def test_parts_hold_what_a_window_reaches(model, cut):
 @pytest.mark.parametrize("make", [drt, lambda: (SlidingWindowLMForCausalLM(window_config()), {})])
 def test_what_needs_the_whole_sequence_is_refused(make):
     model, _ = make()
-    part = SequencePart((0, 10, 20), type("Group", (), {"rank": 0, "size": 2})())
+    part = SequencePart((0, 10, 20), SequenceGroup([0, 1], 0, None))
     ids = torch.zeros(1, 10, dtype=torch.long)
     for name in ("labels", "document_ids", "attention_mask"):
         with pytest.raises(ValueError, match=f"part cannot be combined with {name}"):
             model(input_ids=ids, part=part, **{name: torch.ones_like(ids)})
     with pytest.raises(ValueError, match="part has tokens 0 to 10 of a sequence"):
         model(input_ids=ids[:, :5], part=part)
+
+
+def test_noise_without_seeds_is_refused():
+    part = SequencePart((0, 10, 20), SequenceGroup([0, 1], 0, None))
+    with pytest.raises(ValueError, match="the noise of a part follows from seeds of its rows"):
+        drt()[0].train()(input_ids=torch.zeros(1, 10, dtype=torch.long), part=part)
