@@ -36,6 +36,32 @@ from callbacks.sharded_state import (
 )
 
 
+def remove(path: Path) -> None:
+    """Remove a file or a folder that may be there."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def finish(partial: Path, target: Path) -> str | None:
+    """Seal what all processes have written and give it its name; return what went wrong, None if nothing."""
+    replaced = target.with_name(target.name + ".old")
+    try:
+        if partial.is_dir():
+            seal(partial)
+        remove(replaced)
+        if target.exists():
+            os.replace(target, replaced)
+        os.replace(partial, target)
+        flush_folder(target.parent)
+    except OSError as error:
+        remove(partial)
+        return f"cannot write checkpoint {target} ({error}): free space and resume"
+    remove(replaced)
+    return None
+
+
 class SealedCheckpoints:
     """Let all processes write ``x.ckpt.part/``, then seal it and give it its name.
 
@@ -51,22 +77,19 @@ class SealedCheckpoints:
         target = Path(strategy.broadcast(str(filepath)))
         partial = target.with_name(target.name + ".part")
         if strategy.is_global_zero:
-            shutil.rmtree(partial, ignore_errors=True)
+            remove(partial)
         strategy.barrier()
         try:
             super().save_checkpoint(checkpoint, partial, storage_options)  # type: ignore[misc]
         except (OSError, RuntimeError) as error:  # a full disk, which torch may report as a RuntimeError
+            if strategy.is_global_zero:
+                remove(partial)
             raise OSError(f"cannot write checkpoint {target} ({error}): free space and resume") from error
         strategy.barrier()
-        if strategy.is_global_zero and partial.is_dir():
-            seal(partial)
-            if target.exists():
-                shutil.rmtree(target)
-            os.replace(partial, target)
-            flush_folder(target.parent)
-        elif strategy.is_global_zero:
-            os.replace(partial, target)
-        strategy.barrier()
+        problem = finish(partial, target) if strategy.is_global_zero else None
+        problem = strategy.broadcast(problem)
+        if problem is not None:
+            raise OSError(problem)
 
     def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
         """Load the shards of this process; weights that a checkpoint of adapters leaves out stay as they are.

@@ -10,9 +10,11 @@ from collections import OrderedDict
 import pytest
 import torch
 
+from callbacks import sharded_strategies
 from callbacks.checkpoint import newest_checkpoint, read_checkpoint
 from callbacks.checkpoint_folder import SEAL, UNLISTED, seal, verify
 from callbacks.pickle_names import UNREADABLE, imported_names
+from callbacks.sharded_strategies import finish
 from callbacks.zero_checkpoint import zero_state_dict
 from evaluation.results import read_json, write_json
 
@@ -224,3 +226,26 @@ def test_a_hidden_name_is_not_taken_for_another():
 
     hidden = string("os") + string("system") + string("torch") + string("Size") + ops["POP"] * 2 + ops["STACK_GLOBAL"]
     assert list(imported_names(io.BytesIO(hidden + b"."))) == [UNREADABLE]
+
+
+def folder_of(path, text):
+    path.mkdir()
+    (path / "shard.bin").write_text(text)
+    return path
+
+
+def test_a_finished_folder_takes_the_place_of_an_older_one(tmp_path):
+    target = folder_of(tmp_path / "step_1.ckpt", "old")
+    assert finish(folder_of(tmp_path / "step_1.ckpt.part", "new"), target) is None
+    assert (target / "shard.bin").read_text() == "new" and [path.name for path in tmp_path.iterdir()] == [target.name]
+
+
+def test_what_cannot_be_sealed_is_removed_and_the_older_one_stays(tmp_path, monkeypatch):
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sharded_strategies, "seal", full)
+    target = folder_of(tmp_path / "step_1.ckpt", "old")
+    problem = finish(folder_of(tmp_path / "step_1.ckpt.part", "new"), target)
+    assert "step_1.ckpt" in problem and "No space left" in problem and "free space and resume" in problem
+    assert (target / "shard.bin").read_text() == "old" and [path.name for path in tmp_path.iterdir()] == [target.name]
