@@ -106,9 +106,12 @@ def load_scorer(scorer: Scorer, device: torch.device) -> Any:
     """
     from safetensors import SafetensorError
 
+    from transformers.utils import logging
+
     from losses.output_head import verify_head
     from models.pretrained import load_causal_lm
 
+    logging.disable_progress_bar()  # that of loading, beside which the command shows its own
     options = scorer.options
     try:
         model: Any = load_causal_lm(

@@ -141,7 +141,7 @@ class GeneratedTasks:
         self.num_examples, self.seed, self.essay, self.qa = num_examples, seed, essay, qa
         needy = [task.set_name for task in self.tasks if needs_essay(task.set_name)]
         if needy and essay is None:
-            raise ValueError(f"{', '.join(needy)} hide needles in a text: pass data.essay=FILE, a book say")
+            raise ValueError(f"needles need a text to hide in ({', '.join(needy)}): pass data.essay=FILE, a book say")
         if "qa" in (task.set_name for task in self.tasks) and qa is None:
             raise ValueError(f"the task qa needs data.qa=FILE, json lines with {', '.join(QA_COLUMNS)}")
         published = [task.set_name for task in self.tasks if task.set_name.startswith("qa_")]
