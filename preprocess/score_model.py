@@ -105,7 +105,6 @@ def load_scorer(scorer: Scorer, device: torch.device) -> Any:
             change of weights.
     """
     from safetensors import SafetensorError
-
     from transformers.utils import logging
 
     from losses.output_head import verify_head
