@@ -7,6 +7,7 @@ machine or on none.
 from __future__ import annotations
 
 import importlib
+import os
 import sysconfig
 import tokenize
 from collections.abc import Collection, Iterator
@@ -57,15 +58,20 @@ class StdlibSource:
 
 
 def _file_names(root: Path) -> list[str]:
-    names = (path.relative_to(root).as_posix() for path in root.rglob("*.py"))
-    return sorted(name for name in names if _is_wanted(name) and not _is_generated(root / name))
+    names = []
+    for folder, folders, files in os.walk(root):
+        folders[:] = [name for name in folders if _is_wanted_folder(name)]  # what is left out is not walked through
+        place = Path(folder).relative_to(root)
+        names += [(place / name).as_posix() for name in files if _is_wanted_file(name)]
+    return sorted(name for name in names if not _is_generated(root / name))
 
 
-def _is_wanted(name: str) -> bool:
-    *folders, file = name.split("/")
-    platform_folder = any(folder.startswith("config-") for folder in folders)
-    unwanted = platform_folder or LEFT_OUT_FOLDERS.intersection(folders)
-    return not unwanted and not file.startswith(LEFT_OUT_PREFIXES)
+def _is_wanted_folder(name: str) -> bool:
+    return name not in LEFT_OUT_FOLDERS and not name.startswith("config-")
+
+
+def _is_wanted_file(name: str) -> bool:
+    return name.endswith(".py") and not name.startswith(LEFT_OUT_PREFIXES)
 
 
 def _is_generated(path: Path) -> bool:
