@@ -39,18 +39,23 @@ def _version(package: str) -> str:
         return "none"
 
 
-def _commit() -> str:
-    # "-dirty" behind it: not what was committed.
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude", "*"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
+def commit_of(folder: Path) -> str:
+    """Name the commit that a folder is of, with "-dirty" behind it if code was changed since: rows are no code."""
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=False)
+        return done.stdout.strip()
+
+    rows = [f":(top,exclude)benchmarks/{name}" for name in ("results", "figures")]
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", *rows)
+    return (git("describe", "--always", "--exclude", "*") or "unknown") + ("-dirty" if changed else "")
 
 
 def identity(device: str) -> dict[str, str]:
     """Say when, of what and where a row was measured."""
     return {
         "date": datetime.now(UTC).date().isoformat(),
-        "commit": _commit(),
+        "commit": commit_of(RESULTS.parent),
         "machine": machine(device),
         "threads": str(torch.get_num_threads()),
         "torch": torch.__version__,
