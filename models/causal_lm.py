@@ -70,6 +70,10 @@ class CausalLanguageModel(PreTrainedModel, GenerationMixin):
             logger.warning_once("use_cache=True has no effect in training mode with gradient checkpointing")
         return bool(use_cache) and not checkpointing
 
+    def recorded(self, wanted: bool | None) -> list[Tensor] | None:
+        """Return a list that takes hidden states ``[B, T, M]``, None if none are wanted (None = as the config says)."""
+        return [] if (self.config.output_hidden_states if wanted is None else wanted) else None
+
     def score(
         self,
         hidden: Tensor,
@@ -138,8 +142,18 @@ def check_same_shape(name: str, given: Tensor | None, input_ids: Tensor) -> None
         raise ValueError(f"{name} must have the shape of input_ids {list(input_ids.shape)}, got {list(given.shape)}")
 
 
-def check_part(part: SequencePart, input_ids: Tensor, **others: Any) -> None:
-    """Raise a ValueError unless ``[B, T]`` are the tokens of ``part`` and ``others`` are all None."""
+def check_documents(document_ids: Tensor | None, input_ids: Tensor, **others: Any) -> None:
+    """Raise a ValueError unless ``document_ids`` is None, or shaped like ``[B, T]`` and no other argument is given."""
+    check_same_shape("document_ids", document_ids, input_ids)
+    given = [name for name, value in others.items() if value is not None and value is not False]
+    if document_ids is not None and given:
+        raise ValueError(f"document_ids cannot be combined with {', '.join(given)}: drop one of them")
+
+
+def check_part(part: SequencePart | None, input_ids: Tensor, **others: Any) -> None:
+    """Raise a ValueError unless ``part`` is None, or has the tokens ``[B, T]`` and no other argument is given."""
+    if part is None:
+        return
     given = [name for name, value in others.items() if value is not None]
     if given:
         raise ValueError(

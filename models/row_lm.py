@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
-from models.causal_lm import CausalLanguageModel, check_inputs, check_same_shape
+from models.causal_lm import CausalLanguageModel, check_documents, check_inputs
 from models.row_cache import RowCache
 from models.rows import RowProgress, align, document_numbers, restore
 
@@ -90,12 +90,8 @@ class RowLanguageModel(CausalLanguageModel):
             ValueError: If an argument does not fit the others or cannot be supported.
         """
         input_ids = check_inputs(input_ids, kwargs)
-        if document_ids is not None and past_key_values is not None:
-            raise ValueError("document_ids cannot be combined with past_key_values; drop one of them")
-        check_same_shape("document_ids", document_ids, input_ids)
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
-        states: list[Tensor] | None = [] if output_hidden_states else None
+        check_documents(document_ids, input_ids, past_key_values=past_key_values)
+        states = self.recorded(output_hidden_states)
         documents: Tensor | None
         cache = None
         if document_ids is not None:

@@ -22,9 +22,13 @@ if TYPE_CHECKING:
 
 
 def shift(sent: Tensor, like: Tensor, group: SequenceGroup, step: int) -> Tensor | None:
-    """Send ``sent`` to the part ``step`` (1 or -1) further and return what came the same way, shaped like ``like``.
+    """Send entries to the part ``step`` (1 or -1) further; return what came the same way, None if no part lies there.
 
-    None where no part lies on that side.
+    Args:
+        sent: ``[B, n, ...]``, contiguous.
+        like: ``[B, m, ...]``, of the shape and type of what comes.
+        group: The processes of the sequence.
+        step: 1 towards its end, -1 towards its beginning.
     """
     target, source = group.rank + step, group.rank - step
     received = torch.empty_like(like) if 0 <= source < group.size else None

@@ -17,7 +17,7 @@ from transformers.utils import can_return_tuple
 from kernels.context_parallel import Cut, SequencePart
 from kernels.gca import chunk_weights, retrieve_chunks, reverse_index
 from models.blocks import BlockShape, DecoderBlock, Window, alibi_slopes
-from models.causal_lm import CausalLanguageModel, check_inputs, check_part, check_same_shape
+from models.causal_lm import CausalLanguageModel, check_documents, check_inputs, check_part
 from models.drt.cache import DRTCache
 from models.drt.call import Call
 from models.drt.configuration_drt import DRTConfig
@@ -214,22 +214,16 @@ class DRTForCausalLM(CausalLanguageModel):
             ValueError: If an argument does not fit the others or cannot be supported.
         """
         input_ids = check_inputs(input_ids, kwargs)
-        check_same_shape("document_ids", document_ids, input_ids)
-        if document_ids is not None and (past_key_values is not None or output_retrieval):
-            raise ValueError("document_ids cannot be combined with past_key_values or output_retrieval, drop one")
-        if part is not None:
-            others = {"document_ids": document_ids, "past_key_values": past_key_values, "labels": labels}
-            check_part(part, input_ids, attention_mask=attention_mask, **others)
-            if self.training and self.config.retrieval_noise and not isinstance(retrieval_generator, Tensor):
-                raise ValueError("the noise of a part follows from seeds of its rows: pass them as retrieval_generator")
+        beside: dict[str, Any] = {"past_key_values": past_key_values}
+        check_documents(document_ids, input_ids, output_retrieval=output_retrieval, **beside)
+        beside |= {"attention_mask": attention_mask, "document_ids": document_ids, "labels": labels}
+        check_part(part, input_ids, **beside)
+        self._check_noise(part, retrieval_generator)
         keeps_cache = document_ids is None and part is None and self.caches(use_cache, labels, past_key_values)
         cache = self._cache(past_key_values) if keeps_cache else None
         layout, documents = self._layout(input_ids, attention_mask, document_ids, cache=cache, part=part)
-        call = Call(layout, cache, retrieval_generator)
-        if self.config.output_hidden_states if output_hidden_states is None else output_hidden_states:
-            call.hidden_states = []
-        if output_retrieval:
-            call.retrieval = []
+        states = self.recorded(output_hidden_states)
+        call = Call(layout, cache, retrieval_generator, states, [] if output_retrieval else None)
         hidden = self.model(input_ids, call)
         logits, loss = self.score(
             hidden, labels, documents=documents, logits_to_keep=logits_to_keep, num_items=num_items_in_batch
@@ -238,9 +232,14 @@ class DRTForCausalLM(CausalLanguageModel):
             loss=loss,
             logits=logits,
             past_key_values=cache,
-            hidden_states=None if call.hidden_states is None else tuple(call.hidden_states),
+            hidden_states=None if states is None else tuple(states),
             retrieval=None if call.retrieval is None else self._retrieval(call, input_ids),
         )
+
+    def _check_noise(self, part: SequencePart | None, generator: torch.Generator | Tensor | None) -> None:
+        noisy = self.training and self.config.retrieval_noise is not None
+        if part is not None and noisy and not isinstance(generator, Tensor):
+            raise ValueError("the noise of a part follows from seeds of its rows: pass them as retrieval_generator")
 
     def _layout(
         self,

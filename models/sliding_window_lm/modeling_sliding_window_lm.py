@@ -11,7 +11,7 @@ from transformers.utils import can_return_tuple
 
 from kernels.context_parallel import Cut, SequencePart
 from models.blocks import BlockShape, DecoderBlock, EarlierKeys, Window, alibi_slopes
-from models.causal_lm import CausalLanguageModel, check_inputs, check_part, check_same_shape
+from models.causal_lm import CausalLanguageModel, check_documents, check_inputs, check_part
 from models.flops import FORWARD_AND_BACKWARD, attention_flops, block_flops, mean_window_keys
 from models.part_window import PartWindow
 from models.rms_norm import RMSNorm
@@ -126,27 +126,19 @@ class SlidingWindowLMForCausalLM(CausalLanguageModel):
             ValueError: If an argument does not fit the others or cannot be supported.
         """
         input_ids = check_inputs(input_ids, kwargs)
-        if document_ids is not None and past_key_values is not None:
-            raise ValueError("document_ids cannot be combined with past_key_values; drop one of them")
-        check_same_shape("document_ids", document_ids, input_ids)
-        if part is not None:
-            others = {"document_ids": document_ids, "past_key_values": past_key_values, "labels": labels}
-            check_part(part, input_ids, attention_mask=attention_mask, **others)
+        beside: dict[str, Any] = {"past_key_values": past_key_values}
+        check_documents(document_ids, input_ids, **beside)
+        beside |= {"attention_mask": attention_mask, "document_ids": document_ids, "labels": labels}
+        check_part(part, input_ids, **beside)
         cache = None
         if document_ids is None and part is None and self.caches(use_cache, labels, past_key_values):
             cache = self._cache(past_key_values)
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
-        states: list[Tensor] | None = [] if output_hidden_states else None
+        states = self.recorded(output_hidden_states)
         offsets, key_ids, documents = self._rows(input_ids, attention_mask, document_ids, cache=cache)
         earlier = self._earlier_keys(cache, part)
         hidden = self.model(input_ids, offsets=offsets, document_ids=key_ids, earlier=earlier, hidden_states=states)
         logits, loss = self.score(
-            hidden,
-            labels,
-            documents=documents,
-            logits_to_keep=logits_to_keep,
-            num_items=num_items_in_batch,
+            hidden, labels, documents=documents, logits_to_keep=logits_to_keep, num_items=num_items_in_batch
         )
         return CausalLMOutputWithPast(
             loss=loss,
